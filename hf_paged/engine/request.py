@@ -1,0 +1,126 @@
+"""What the engine works on: a `Call` of the user and its `Sequence`s, one running stream of tokens each.
+
+No tensors and no torch here. The regions of a sequence, half-open, in tokens:
+
+    0            prompt_len                                  num_tokens
+    | prompt ... | generated ...                             |
+    | computed: KV is in blocks ......... | num_computed ... |   (to compute: what the next steps schedule)
+
+There are no phases: a step gives a sequence some of the tokens between `num_computed` and `num_tokens`; the step that
+reaches `num_tokens` yields a next token. Prompt chunks, recomputation after preemption and decode are all that.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # an end-of-sequence token or a stop string
+    LENGTH = "length"
+    TIMEOUT = "timeout"  # max_time
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()  # holds no blocks
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One stream: a prompt and what was generated for it.
+
+    `num_pad` is the number of left pads `generate()` would show before the prompt: they are never computed, but count in
+    the lengths and histories that logits processors and stopping criteria see.
+    """
+
+    call: Call
+    row: int  # index in the call's batch, `num_return_sequences` expanded
+    token_ids: list[int]
+    prompt_len: int
+    max_new_tokens: int  # >= 1
+    num_pad: int = 0
+    #: Another sequence of the call with the same prompt: its blocks are forked when its prompt is computed.
+    fork_of: Sequence | None = None
+
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of the leading full blocks
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    #: Tokens generated when it finished; `token_ids` may go on with pads in a call that runs on (`Call.run_on`).
+    num_kept: int | None = None
+    num_cached_prompt: int = 0  # prompt tokens found in the prefix cache at first admission
+    arrival: int = -1  # order of admission to the engine; set by the scheduler
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """The tokens a user gets: without what was run on after the finish."""
+        end = self.num_tokens if self.num_kept is None else self.prompt_len + self.num_kept
+        return self.token_ids[self.prompt_len : end]
+
+
+_call_ids = itertools.count()
+
+
+@dataclass(eq=False)
+class Call:
+    """One user call: rows that share options, ambient state and fate of exceptions.
+
+    `sampling` is opaque here: `engine.sampler` knows it. `namespace` separates prefixes in the cache (adapter, weights
+    version, salt); None opts out of the prefix cache.
+    """
+
+    sampling: Any
+    ambient: Any = None  # hashable; sequences of different ambient state never share a step
+    namespace: bytes | None = b""
+    priority: int = 0  # lower runs first
+    #: Finished rows go on with pad tokens until all rows are finished, as upstream does, for scores and returned caches.
+    run_on: bool = False
+    sequences: list[Sequence] = field(default_factory=list)
+    call_id: int = field(default_factory=lambda: next(_call_ids))
+    error: BaseException | None = None
+    cancelled: bool = False
+    #: Called with each new token (sequence, token) by the thread that runs the steps; must not raise or block.
+    on_token: Callable[[Sequence, int], None] | None = None
+    #: Called once with the call when its last sequence is finished, before blocks are freed.
+    on_finish: Callable[[Call], None] | None = None
+    submitted_at: float = field(default_factory=time.perf_counter)
+    first_scheduled_at: float | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def add_row(self, prompt: list[int], max_new_tokens: int, *, num_pad: int = 0, fork_of: int | None = None) -> Sequence:
+        """Appends a sequence for `prompt` (unpadded token ids)."""
+        parent = None if fork_of is None else self.sequences[fork_of]
+        sequence = Sequence(
+            self, len(self.sequences), list(prompt), len(prompt), max_new_tokens, num_pad=num_pad, fork_of=parent
+        )
+        self.sequences.append(sequence)
+        return sequence
+
+    @property
+    def unfinished(self) -> bool:
+        return any(s.finish_reason is None for s in self.sequences)

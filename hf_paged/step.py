@@ -1,0 +1,86 @@
+"""The two things that cross seams in a step: what the scheduler decided and what the model is given.
+
+`StepPlan` is plain data from the scheduler (no tensors). `StepInputs` are the tensors made of it by `engine.batch`.
+While the model runs, the attention layers find their `StepInputs` through `current_step()`: it is per thread, set only
+around the forward of an engine step, and carries the `owner` whose layers may use it. Everywhere else (training, plain
+forwards, another thread, another model) `current_step()` is None or has another owner, and a layer runs what it ran before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_paged.engine.request import Sequence
+    from hf_paged.kernels.metadata import PagedMetadata
+
+
+@dataclass
+class StepPlan:
+    """What one step computes. Sequences with one new token come first (`num_decodes` of them)."""
+
+    sequences: list[Sequence]
+    num_scheduled_tokens: list[int]  # new tokens of each sequence, >= 1
+    num_decodes: int
+    #: Blocks to copy before the forward because a shared block is about to be written (copy-on-write).
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    #: Indices into `sequences` of those that reach their last known token in this step and so need a next token.
+    sample_indices: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+
+@dataclass
+class StepInputs:
+    """The packed tensors of one step: T tokens of S sequences, R rows of logits."""
+
+    owner: object  # whose layers this step is for: `AppliedPatch.owner`
+    input_ids: Tensor  # [1, T] int64
+    position_ids: Tensor  # [1, T] int64, restarting per sequence
+    logits_indices: Tensor  # [R] int64 into T: last token of each sequence in `StepPlan.sample_indices`
+    metadata: PagedMetadata
+    backend: str  # "reference" | "cpu" | "triton"
+    #: layer number -> (k_cache, v_cache), each [num_blocks, block_size, H_kv, D]
+    kv_layer: Callable[[int], tuple[Tensor, Tensor]]
+
+
+class _Active(threading.local):
+    inputs: StepInputs | None = None
+
+
+_active = _Active()
+
+
+def current_step() -> StepInputs | None:
+    """The step this thread is running the model for, or None outside of one."""
+    return _active.inputs
+
+
+@contextmanager
+def active_step(inputs: StepInputs) -> Iterator[StepInputs]:
+    """Makes `inputs` the current step of this thread; always reset, never nested."""
+    if _active.inputs is not None:
+        raise RuntimeError("a step is already running in this thread: steps do not nest")
+    _active.inputs = inputs
+    try:
+        yield inputs
+    finally:
+        _active.inputs = None
+
+
+@contextmanager
+def suspended_step() -> Iterator[None]:
+    """Hides the current step from the layers, e.g. for user code called from within a step."""
+    inputs, _active.inputs = _active.inputs, None
+    try:
+        yield
+    finally:
+        _active.inputs = inputs
