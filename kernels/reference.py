@@ -1,0 +1,100 @@
+"""The specification: paged attention in plain torch, one sequence at a time, on any device.
+
+Scores and sums are in float32, or in float64 when the query or the cache is: other backends are held against that. Nothing
+here is clever; where another backend disagrees with this file, this file is right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_paged.kernels.metadata import PagedMetadata
+
+__all__ = ["copy_blocks", "paged_attention", "store_kv"]
+
+
+def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See `hf_paged.kernels.ops.store_kv`."""
+    stored = slot_mapping >= 0
+    slots = slot_mapping[stored]
+    k_cache.flatten(0, 1)[slots] = key[stored].to(k_cache.dtype)
+    v_cache.flatten(0, 1)[slots] = value[stored].to(v_cache.dtype)
+
+
+def paged_attention(
+    query: Tensor,  # [T, H, D]
+    key: Tensor,  # [T, H_kv, D]
+    value: Tensor,  # [T, H_kv, D]
+    k_cache: Tensor,  # [N, B, H_kv, D]
+    v_cache: Tensor,  # [N, B, H_kv, D]
+    metadata: PagedMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [H]
+) -> Tensor:
+    """See `hf_paged.kernels.ops.paged_attention`."""
+    store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
+    output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    start = 0
+    for index, (query_len, seq_len) in enumerate(zip(metadata.query_lens_list, metadata.seq_lens_list, strict=True)):
+        new = slice(start, start + query_len)
+        start += query_len
+        if query_len == 0 or seq_len == 0:
+            continue
+        keys, values = gather_sequence(k_cache, v_cache, metadata.block_tables[index], seq_len)
+        positions = torch.arange(seq_len - query_len, seq_len, device=query.device)
+        visible = visible_keys(positions, seq_len, sliding_window)
+        output[new] = attend(query[new], keys, values, visible, scale, softcap, sinks).to(query.dtype)
+    return output
+
+
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> None:
+    """See `hf_paged.kernels.ops.copy_blocks`."""
+    k_cache[dst] = k_cache[src]
+    v_cache[dst] = v_cache[src]
+
+
+def gather_sequence(
+    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_len: int
+) -> tuple[Tensor, Tensor]:  # [seq_len, H_kv, D] each
+    """Keys and values of positions 0..seq_len - 1 of the sequence with the blocks `block_table` [M]."""
+    block_size = k_cache.shape[1]
+    blocks = block_table[: -(-seq_len // block_size)]
+    keys = k_cache.index_select(0, blocks).flatten(0, 1)[:seq_len]
+    values = v_cache.index_select(0, blocks).flatten(0, 1)[:seq_len]
+    return keys, values
+
+
+def visible_keys(positions: Tensor, num_keys: int, sliding_window: int | None) -> Tensor:
+    """[q, num_keys] bool: which keys a query at absolute position `positions[i]` sees."""
+    distance = positions[:, None] - torch.arange(num_keys, device=positions.device)
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)
+
+
+def attend(
+    query: Tensor,  # [q, H, D]
+    keys: Tensor,  # [n, H_kv, D]
+    values: Tensor,  # [n, H_kv, D]
+    visible: Tensor,  # [q, n] bool
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,  # [H]
+) -> Tensor:
+    """[q, H, D] softmax attention in float32, or in float64 if the query or the keys are."""
+    wide = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
+    group = query.shape[1] // keys.shape[1]
+    keys = keys.to(wide).repeat_interleave(group, dim=1)
+    values = values.to(wide).repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,nhd->hqn", query.to(wide), keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink_column = sinks.to(wide)[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, sink_column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : keys.shape[0]]
+    return torch.einsum("hqn,nhd->qhd", weights, values)
