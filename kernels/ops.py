@@ -195,10 +195,10 @@ def _check_cache(op: str, k_cache: Tensor, v_cache: Tensor, backend: str) -> Non
     if not k_cache.is_contiguous() or not v_cache.is_contiguous():
         raise ValueError(f"{op}: k_cache and v_cache must be contiguous")
     kind = k_cache.device.type
-    if backend != "reference" and kind != {"cpu": "cpu", "triton": "cuda"}[backend]:
-        # The Triton interpreter runs the very kernels on CPU tensors.
-        if not (backend == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-            raise ValueError(f"{op}: k_cache on device {k_cache.device}, which backend={backend!r} cannot read")
+    # The Triton interpreter runs the very kernels on CPU tensors.
+    interpreted = backend == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend != "reference" and kind != {"cpu": "cpu", "triton": "cuda"}[backend] and not interpreted:
+        raise ValueError(f"{op}: k_cache on device {k_cache.device}, which backend={backend!r} cannot read")
     if not 1 <= k_cache.shape[3] <= MAX_HEAD_SIZE:
         raise ValueError(f"{op}: head size {k_cache.shape[3]}; supported: 1 to {MAX_HEAD_SIZE}")
 
