@@ -1,0 +1,60 @@
+"""What holds for every test: offline, a printed seed for the parity grids, GPU tests only with a GPU, no leaked blocks."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Iterator
+
+# Before transformers is imported: nothing here may wait for a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from tests.helpers import check_engines
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--parity-seed",
+        type=int,
+        default=None,
+        help="seed that picks the sub-grid of the parity tests; by default today's date, so that it rotates",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Set in the controller, so that pytest-xdist hands the same seed to all workers.
+    if config.option.parity_seed is None:
+        config.option.parity_seed = int(datetime.date.today().strftime("%Y%m%d"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = config.option.parity_seed
+    return f"parity seed: {seed} (repeat with --parity-seed={seed})"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def parity_seed(pytestconfig: pytest.Config) -> int:
+    """Seed of this session's sub-grids, printed in the header."""
+    return pytestconfig.option.parity_seed
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_blocks() -> Iterator[None]:
+    """After each test, every engine still alive is idle and its blocks add up."""
+    yield
+    # A test that never loaded the registry has no engine; importing it here would cost the pure tests their speed.
+    registry = sys.modules.get("hf_paged.engine.registry")
+    if registry is not None:
+        check_engines(registry.live_engines())
