@@ -4,9 +4,9 @@
     paged_attention   store, then attend every new token to all keys of its sequence
     copy_blocks       copy whole blocks (copy-on-write)
 
-A backend is a module with functions of the same names and signatures (less `backend`). It is imported the first time it
-is asked for, so that importing this file imports neither numba nor triton. Arguments are checked here, before any work;
-backends trust them. Knows no model, no request and no engine.
+A backend is a module with functions of the same names and signatures (less `backend`). It is imported the first
+time it is asked for, so that importing this file imports neither numba nor triton. Arguments are checked here,
+before any work; backends trust them. Knows no model, no request and no engine.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def paged_attention(
     """Stores the step's keys and values, then attends each new token to its sequence up to itself.
 
     Args:
-        query, key, value: packed tokens of the step; any strides with a contiguous last dimension. Query head h reads
-            KV head h // (H / H_kv).
+        query, key, value: packed tokens of the step; any strides with a contiguous last dimension. Query head h
+            reads KV head h // (H / H_kv).
         k_cache, v_cache: one layer's blocks, written in place.
         metadata: which token belongs to which sequence, slot and block.
         scale: factor on the dot products.
@@ -101,13 +101,16 @@ def paged_attention(
     module = _backend(backend)
     plan = metadata.plan
     # All layers of a step mostly look alike, and a full check costs as much as a small layer's attention.
-    seen = (query.shape, query.dtype, key.shape, key.dtype, value.shape, k_cache.shape, k_cache.dtype, v_cache.shape)
-    seen += (query.device, k_cache.device, sliding_window, softcap, backend)
+    seen = (
+        (query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype),
+        (value.shape, value.stride(), value.dtype, k_cache.shape, k_cache.dtype, k_cache.device, v_cache.shape),
+        (sliding_window, softcap, backend),
+    )
     if plan.get("ops.checked") != seen:
         _check_attention(query, key, value, k_cache, v_cache, metadata, sliding_window, softcap, backend)
         plan["ops.checked"] = seen
     if sinks is not None and sinks.shape != (query.shape[1],):
-        raise ValueError(f"paged_attention: sinks of shape {tuple(sinks.shape)}; expected [H] = [{query.shape[1]}]")
+        raise ValueError(f"paged_attention: sinks of shape {tuple(sinks.shape)}; expected [{query.shape[1]}]")
     return module.paged_attention(
         query,
         key,
@@ -145,8 +148,8 @@ def copy_blocks(
 def resolve_backend(device: torch.device | str, requested: str = "auto") -> str:
     """The backend for tensors on `device`: "auto" is "cpu" on the CPU and "triton" on CUDA.
 
-    Where the package behind an automatic choice is missing, or this process is a fork of one that ran the numba kernels
-    (they cannot run again in a child), the answer is "reference", with one warning a reason.
+    Where the package behind an automatic choice is missing, or this process is a fork of one that ran the numba
+    kernels (they cannot run again in a child), the answer is "reference", with one warning a reason.
 
     Raises:
         ValueError: an unknown backend, or one which cannot run on the device.
@@ -158,7 +161,7 @@ def resolve_backend(device: torch.device | str, requested: str = "auto") -> str:
     if requested != "auto" and requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: must be 'auto', {', '.join(map(repr, BACKENDS))}")
     if requested not in ("auto", native):
-        raise ValueError(f"backend={requested!r}: cannot run on device {kind!r}; supported there: {native!r}, 'reference'")
+        raise ValueError(f"backend={requested!r}: cannot run on {kind!r}; supported there: {native!r}, 'reference'")
     if native is None:
         return "reference"
     package = {"cpu": "numba", "triton": "triton"}[native]
@@ -219,7 +222,7 @@ def _check_packed(op: str, name: str, tensor: Tensor, k_cache: Tensor) -> None:
     if tensor.dtype not in _REFERENCE_DTYPES:
         raise ValueError(f"{op}: {name} of dtype {tensor.dtype}; supported: {_SUPPORTED}")
     if tensor.device != k_cache.device:
-        raise ValueError(f"{op}: {name} on device {tensor.device} with k_cache on {k_cache.device}; must be one device")
+        raise ValueError(f"{op}: {name} on device {tensor.device}, k_cache on {k_cache.device}; must be one device")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise ValueError(f"{op}: {name} with strides {tensor.stride()}; its last dimension must be contiguous")
 
@@ -230,7 +233,7 @@ def _check_indices(op: str, name: str, indices: Tensor, count: int, k_cache: Ten
             f"{op}: {name} of dtype {indices.dtype} and shape {tuple(indices.shape)}; expected int64 [{count}]"
         )
     if indices.device != k_cache.device:
-        raise ValueError(f"{op}: {name} on device {indices.device} with k_cache on {k_cache.device}; must be one device")
+        raise ValueError(f"{op}: {name} on device {indices.device}, k_cache on {k_cache.device}; must be one device")
 
 
 def _check_attention(
@@ -249,7 +252,7 @@ def _check_attention(
     _check_new_kv(op, key, value, k_cache)
     tokens, kv_heads, head_size = key.shape
     if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != head_size:
-        raise ValueError(f"{op}: query of shape {tuple(query.shape)}; expected [T, H, D] = [{tokens}, H, {head_size}]")
+        raise ValueError(f"{op}: query of shape {tuple(query.shape)}; expected [{tokens}, H, {head_size}]")
     if query.shape[1] % kv_heads:
         raise ValueError(f"{op}: {query.shape[1]} query heads; must be a multiple of the {kv_heads} KV heads")
     _check_packed(op, "query", query, k_cache)
@@ -263,8 +266,8 @@ def _check_attention(
         tensor = getattr(metadata, name)
         if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape or tensor.device != k_cache.device:
             raise ValueError(
-                f"{op}: metadata.{name} of dtype {tensor.dtype}, shape {tuple(tensor.shape)}, device {tensor.device}; "
-                f"expected int32 {list(shape)} on {k_cache.device}"
+                f"{op}: metadata.{name} of dtype {tensor.dtype}, shape {tuple(tensor.shape)}, "
+                f"device {tensor.device}; expected int32 {list(shape)} on {k_cache.device}"
             )
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"{op}: sliding_window={sliding_window}; must be at least 1, or None")

@@ -1,7 +1,7 @@
 """The specification: paged attention in plain torch, one sequence at a time, on any device.
 
-Scores and sums are in float32, or in float64 when the query or the cache is: other backends are held against that. Nothing
-here is clever; where another backend disagrees with this file, this file is right.
+Scores and sums are in float32, or in float64 when the query or the cache is: other backends are held against that.
+Nothing here is clever; where another backend disagrees with this file, this file is right.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def paged_attention(
     store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
     output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     start = 0
-    for index, (query_len, seq_len) in enumerate(zip(metadata.query_lens_list, metadata.seq_lens_list, strict=True)):
+    lengths = zip(metadata.query_lens_list, metadata.seq_lens_list, strict=True)
+    for index, (query_len, seq_len) in enumerate(lengths):
         new = slice(start, start + query_len)
         start += query_len
         if query_len == 0 or seq_len == 0:
