@@ -1,4 +1,4 @@
-"""What holds for every test: offline, a printed seed for the parity grids, GPU tests only with a GPU, no leaked blocks."""
+"""What holds for every test: offline, a printed seed for the parity grids, GPU marks, no leaked blocks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parity_seed(pytestconfig: pytest.Config) -> int:
 def no_leaked_blocks() -> Iterator[None]:
     """After each test, every engine still alive is idle and its blocks add up."""
     yield
-    # A test that never loaded the registry has no engine; importing it here would cost the pure tests their speed.
+    # A session that never loaded the registry has no engine; importing it here would slow the pure tests.
     registry = sys.modules.get("hf_paged.engine.registry")
     if registry is not None:
         check_engines(registry.live_engines())

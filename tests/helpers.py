@@ -1,7 +1,7 @@
 """Tiny models, prompts and checks shared by the tests.
 
-Random models are built from a config with seeded weights, never downloaded. Their weights are large enough that greedy
-output wanders over the vocabulary and its best two tokens are far apart, so that equality of tokens means something.
+Random models are built from a config with seeded weights, never downloaded. Their weights are large enough that
+greedy output wanders over the vocabulary and its best two tokens are far apart: equality of tokens means something.
 The demo models under `examples/models` are trained: use them where a test needs EOS, text or stop strings.
 """
 
@@ -52,7 +52,9 @@ _BUILDERS: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 
 
-def make_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config_overrides: Any) -> PreTrainedModel:
+def make_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config_overrides: Any
+) -> PreTrainedModel:
     """Build a random two-layer model of a family, in eval mode, on the CPU.
 
     Args:
@@ -70,8 +72,8 @@ def make_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
-    # Wide enough that logits spread over several units and attention is far from uniform. Positions outweigh tokens:
-    # under tied embeddings a token would else mostly predict itself. Biases are drawn, as zeros would hide a lost one.
+    # Wide enough that logits spread over several units and attention is far from uniform. Positions outweigh
+    # tokens, else with tied embeddings a token mostly predicts itself. Biases are drawn: zeros would hide a lost one.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -88,7 +90,8 @@ def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
 
 def demo_model(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load the trained demo model of a family from `examples/models`, in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(DEMO_MODELS / family, dtype=dtype, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODELS / family, dtype=dtype, local_files_only=True)
+    return model.eval()
 
 
 def demo_tokenizer(family: str) -> Any:
@@ -131,14 +134,15 @@ def assert_same_tokens(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @contextmanager
 def native_calls(model: Any, calls: int = 1) -> Iterator[None]:
-    """Fail unless exactly `calls` native calls and no fallback happen inside: parity by falling back proves nothing."""
+    """Fail unless exactly `calls` native calls and no fallback happen inside: else parity would prove nothing."""
     import hf_paged
 
     before = hf_paged.stats(model)
     yield
     after = hf_paged.stats(model)
     assert after.fallback_calls == before.fallback_calls, f"fell back: {after.fallback_calls}"
-    assert after.native_calls - before.native_calls == calls, f"{after.native_calls - before.native_calls} native calls"
+    happened = after.native_calls - before.native_calls
+    assert happened == calls, f"{happened} native calls, expected {calls}"
 
 
 def check_engines(engines: Sequence[Any]) -> None:
