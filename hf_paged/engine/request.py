@@ -98,6 +98,7 @@ class Call:
     priority: int = 0  # lower runs first
     #: Finished rows go on with pad tokens until all rows are finished, as upstream does, for scores and returned caches.
     run_on: bool = False
+    keep_kv: bool = False  # blocks stay with the finished sequences until `PagedEngine.release_kv`
     sequences: list[Sequence] = field(default_factory=list)
     call_id: int = field(default_factory=lambda: next(_call_ids))
     error: BaseException | None = None
@@ -124,3 +125,11 @@ class Call:
     @property
     def unfinished(self) -> bool:
         return any(s.finish_reason is None for s in self.sequences)
+
+    @property
+    def has_run_out(self) -> bool:
+        """All rows are finished and, as upstream's do, have gone on to the step in which the last one finished."""
+        if self.unfinished:
+            return False
+        width = max(s.num_kept or 0 for s in self.sequences)
+        return all(s.num_generated >= width for s in self.sequences)

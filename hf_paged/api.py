@@ -1,0 +1,201 @@
+"""The public functions: enabling and disabling a model, and what can be asked of an enabled one.
+
+Each takes the model, a pipeline, a PeftModel, a `torch.compile` or DDP wrapper, and acts on the one HF model inside.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_paged.config import PagedConfig
+from hf_paged.engine import registry
+from hf_paged.engine.engine import PagedEngine
+from hf_paged.engine.stats import EngineStats
+from hf_paged.errors import ConfigError, EngineStateError
+from hf_paged.resolve import resolve_model
+
+if TYPE_CHECKING:
+    from hf_paged.generation.client import EngineClient
+    from hf_paged.generation.fallback import Explanation
+    from hf_paged.generation.handle import GenerationResult
+
+T = TypeVar("T")
+_lock = threading.RLock()
+
+
+def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides: Any) -> T:
+    """Makes `generate` of the model inside run on a paged KV cache with continuous batching.
+
+    Nothing but this instance changes, and nothing is allocated until the first call. Again with the same options: no-op.
+
+    Args:
+        model_or_pipeline: an HF causal language model of a supported family, or anything that holds one.
+        config: options; `overrides` replace single fields of it (see `PagedConfig`).
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: no model of a supported family inside.
+        ConfigError: an option is not allowed, or the model is enabled with other options already.
+    """
+    from hf_paged.patches import registry as patches
+    from hf_paged.patches.apply import InstancePatch, apply
+
+    model = resolve_model(model_or_pipeline)
+    config = PagedConfig.make(config, overrides)
+    with _lock:
+        present = registry.get(model)
+        if present is not None:
+            _check_same(present.config, config)
+            return model_or_pipeline
+        spec = patches.find(model)
+        patch = apply(model, spec)
+        try:
+            engine = PagedEngine(
+                model,
+                patch,
+                config,
+                position_limit=spec.position_limit(model),
+                rope_limit=spec.rope_limit(model),
+            )
+            front = InstancePatch(model)
+            front.set("generate", types.MethodType(_generate_method(model.__dict__.get("generate")), model))
+            engine.front = front
+            registry.put(model, engine)
+        except BaseException:
+            patch.revert()
+            raise
+    return model_or_pipeline
+
+
+def _generate_method(replaced: Any) -> Any:
+    """The function bound as `model.generate`. It finds its engine by the model, so that it keeps nothing alive."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = registry.get(self)
+        if engine is None:  # a copy that kept the attribute, or disabled in another thread just now
+            return (replaced or type(self).generate.__get__(self))(*args, **kwargs)
+        from hf_paged.generation.backend import paged_generate
+
+        return paged_generate(self, replaced, engine, args, kwargs)
+
+    generate.__doc__ = "`generate()` of the model's class, on the paged engine of hf_paged (`hf_paged.disable` undoes it)."
+    return generate
+
+
+def _check_same(old: PagedConfig, new: PagedConfig) -> None:
+    for name, value in vars(new).items():
+        if value != getattr(old, name):
+            raise ConfigError(
+                f"{name}={value!r}: the model is already enabled with {name}={getattr(old, name)!r}; disable it first"
+            )
+
+
+def disable(obj: T) -> T:
+    """Makes the model exactly what it was before `enable`; requests still running fail. A no-op if it is not enabled."""
+    model = resolve_model(obj)
+    with _lock:
+        engine = registry.pop(model)
+    if engine is not None:
+        engine.front.revert()
+        engine.close()
+        engine.patch.revert()
+    return obj
+
+
+@contextmanager
+def enabled(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iterator[T]:
+    """`enable` for a block. A model that is enabled already stays so after it."""
+    was_enabled = is_enabled(model)
+    enable(model, config, **overrides)
+    try:
+        yield model
+    finally:
+        if not was_enabled:
+            disable(model)
+
+
+def is_enabled(obj: Any) -> bool:
+    """Whether the model inside `obj` is enabled."""
+    return registry.get(resolve_model(obj)) is not None
+
+
+def explain(model: Any, **generate_kwargs: Any) -> Explanation:
+    """Whether `model.generate(**generate_kwargs)` would run natively, and if not, why. Nothing is generated.
+
+    Raises:
+        Whatever `generate` would raise while it checks its arguments.
+    """
+    from hf_paged.generation.backend import explain_call
+
+    inner, engine = _require(model)
+    return explain_call(inner, engine, generate_kwargs)
+
+
+def stats(model: Any) -> EngineStats:
+    """Counters since `enable` or `reset_stats`, and the state of the KV cache now."""
+    return _require(model)[1].stats()
+
+
+def reset_stats(model: Any) -> None:
+    """Sets the counters of `stats` to zero."""
+    _require(model)[1].reset_stats()
+
+
+def generate_many(model: Any, inputs: Any, **kwargs: Any) -> list[GenerationResult]:
+    """Generates for many prompts at once, each with its own length; see `hf_paged.generation.many.generate_many`."""
+    from hf_paged.generation.many import generate_many as run
+
+    inner, engine = _require(model)
+    return run(engine, inner, inputs, **kwargs)
+
+
+def engine(model: Any) -> EngineClient:
+    """The engine of an enabled model, for `submit`."""
+    from hf_paged.generation.client import EngineClient
+
+    inner, paged = _require(model)
+    return EngineClient(inner, paged)
+
+
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """For `model.generate(..., custom_generate=hf_paged.generate)`, enabled or not.
+
+    Upstream hands a custom function everything it prepared, but no streamer: a streamer given beside it is not called.
+    """
+    from hf_paged.generation.backend import custom_generate
+
+    inner = resolve_model(model)
+    with enabled(inner):
+        return custom_generate(inner, registry.get(inner), args, kwargs)
+
+
+def invalidate(model: Any) -> None:
+    """Drops cached prefixes."""
+    _require(model)[1].invalidate()
+
+
+def release_memory(model: Any) -> None:
+    """Waits for running requests, then gives all KV memory back."""
+    _require(model)[1].release_memory()
+
+
+@contextmanager
+def paused(model: Any) -> Iterator[Any]:
+    """Waits for running requests and holds back new ones: inside, weights are yours to change."""
+    _inner, paged = _require(model)
+    with paged.paused():
+        yield model
+
+
+def _require(obj: Any) -> tuple[Any, PagedEngine]:
+    model = resolve_model(obj)
+    paged = registry.get(model)
+    if paged is None:
+        raise EngineStateError(f"this {type(model).__name__} is not enabled: call hf_paged.enable(model) first")
+    return model, paged

@@ -1,0 +1,35 @@
+"""One forward of the user's own model over packed tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_paged.engine.ambient import Ambient
+from hf_paged.step import StepInputs, active_step
+
+
+class ModelRunner:
+    """Calls the model so that its patched attention layers read and write KV blocks.
+
+    The dummy 4-D mask is passed through by upstream as it is. Without one, restarting positions would make it build a
+    T x T mask for the packed row, which the paged layers do not read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.inference_mode(False):
+            self._mask = torch.ones(1, 1, 1, 1, device=device)
+
+    def forward(self, model: nn.Module, inputs: StepInputs, ambient: Ambient) -> Tensor:
+        """Logits [R, V] of the rows in `inputs.logits_indices`, in the model's dtype."""
+        with ambient.enter(), active_step(inputs):
+            output = model(
+                input_ids=inputs.input_ids,
+                position_ids=inputs.position_ids,
+                attention_mask=self._mask,
+                use_cache=False,
+                logits_to_keep=inputs.logits_indices,
+                return_dict=True,
+            )
+        return output.logits[0]

@@ -1,0 +1,73 @@
+"""What an engine needs to run steps for one shape of model: pool, block manager, scheduler, sampler, runner."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_paged.config import PagedConfig
+from hf_paged.engine.block_manager import BlockManager
+from hf_paged.engine.kv_cache import KVCache, LayerSpec
+from hf_paged.engine.memory import default_kv_budget
+from hf_paged.engine.model_runner import ModelRunner
+from hf_paged.engine.sampler import Sampler
+from hf_paged.engine.scheduler import Scheduler
+from hf_paged.errors import ConfigError
+from hf_paged.kernels.ops import resolve_backend
+
+#: Tokens a step may have when the config leaves it open: enough rows to keep the matrix products busy, few enough that a
+#: long prompt does not hold up running sequences for long.
+_DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
+#: The pool may hold this much beyond twice its peak use before cached prefixes are evicted.
+_SLACK_BYTES = 48 * 2**20
+
+
+class Runtime:
+    """Built for a `geometry` (one entry a KV layer) and thrown away when that changes.
+
+    Raises:
+        ConfigError: `kv_cache_memory` does not hold a single block.
+    """
+
+    def __init__(self, geometry: tuple, config: PagedConfig) -> None:
+        self.geometry = geometry
+        self.device: torch.device = geometry[0].device
+        self.backend = resolve_backend(self.device, config.backend)
+        specs = [LayerSpec(g.num_kv_heads, g.head_dim, g.dtype, g.device) for g in geometry]
+        budget = config.budget_bytes() or default_kv_budget(self.device)
+        self.cache = KVCache(specs, config.block_size, budget)
+        if self.cache.max_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_memory={config.kv_cache_memory!r}: one block of {config.block_size} tokens takes "
+                f"{self.cache.bytes_per_block} bytes"
+            )
+        self.manager = BlockManager(
+            config.block_size,
+            self.cache.max_blocks,
+            self.cache.grow,
+            prefix_caching=config.prefix_caching,
+            slack_blocks=_SLACK_BYTES // self.cache.bytes_per_block,
+        )
+        self.scheduler = Scheduler(
+            self.manager,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS.get(self.device.type, 2048),
+        )
+        self.sampler = Sampler(_argmax_for(self.device, self.backend))
+        self.runner = ModelRunner(self.device)
+
+    def trim(self) -> None:
+        """Gives back what lies beyond the last block that is used or cached, once it is worth the page faults later."""
+        if self.manager.num_free > self.manager.slack_blocks:
+            self.cache.shrink(self.manager.trim())
+
+    def close(self) -> None:
+        """Gives all KV memory back."""
+        self.cache.close()
+
+
+def _argmax_for(device: torch.device, backend: str):  # noqa: ANN202 - a callable [R, V] -> [R]
+    if device.type == "cpu" and backend == "cpu":
+        from hf_paged.kernels.cpu_argmax import argmax_rows
+
+        return argmax_rows
+    return lambda logits: torch.argmax(logits, dim=-1)

@@ -1,0 +1,203 @@
+"""Which sequences advance in the next step, and by how many tokens.
+
+There are no phases. Sequences that need one token (decode) go first, then chunks of longer remainders, then new admissions, all
+within `max_num_batched_tokens`. When blocks run out, the youngest running sequence is preempted: its blocks go back and
+its tokens are computed again later, which the prefix cache often shortens. The oldest sequence always advances.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Iterable
+
+from hf_paged.engine.block_manager import BlockManager
+from hf_paged.engine.request import Call, Sequence, Status
+from hf_paged.step import StepPlan
+
+
+def _is_chunk(seq: Sequence) -> bool:
+    return seq.num_computed + 1 < len(seq.token_ids)
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return (seq.call.priority, seq.arrival)
+
+
+class Scheduler:
+    """Holds the waiting and the running sequences; plans steps and takes sequences out when they end."""
+
+    def __init__(self, manager: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.manager = manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
+        self.waiting: list[Sequence] = []  # by (priority, arrival)
+        self.running: list[Sequence] = []  # by (priority, arrival)
+        self.num_preemptions = 0
+        self.prefix_hit_tokens = 0
+        self._arrivals = 0
+        self._ambients: Counter[object] = Counter()  # sequences present, by ambient state
+        self._last_ambient: object = None
+
+    # --- coming and going -------------------------------------------------------------------------------------------
+
+    def add(self, call: Call) -> None:
+        for seq in call.sequences:
+            if seq.status is Status.FINISHED:
+                continue
+            seq.arrival = self._arrivals
+            self._arrivals += 1
+            self._ambients[call.ambient] += 1
+            bisect.insort(self.waiting, seq, key=_order)
+
+    def remove(self, sequences: Iterable[Sequence], *, keep_blocks: bool = False) -> None:
+        """Takes sequences out, whatever their state; their blocks go back unless `keep_blocks`."""
+        leaving = {s for s in sequences if s.status is not Status.FINISHED}
+        if any(s.status is Status.WAITING for s in leaving):
+            self.waiting = [s for s in self.waiting if s not in leaving]
+        if any(s.status is Status.RUNNING for s in leaving):
+            self.running = [s for s in self.running if s not in leaving]
+        for seq in leaving:
+            seq.status = Status.FINISHED
+            self._ambients[seq.call.ambient] -= 1
+            if not self._ambients[seq.call.ambient]:
+                del self._ambients[seq.call.ambient]
+            if not keep_blocks:
+                self.manager.free(seq)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    # --- planning ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step; None when there is no work."""
+        for ambient in self._turns():
+            plan = self._schedule(ambient)
+            if plan is not None:
+                self._last_ambient = ambient
+                return plan
+        return None
+
+    def _turns(self) -> list[object]:
+        """Ambient states take turns, so that no caller starves another."""
+        states = list(self._ambients)
+        if self._last_ambient in self._ambients:
+            start = states.index(self._last_ambient) + 1
+            states = states[start:] + states[:start]
+        return states
+
+    def _schedule(self, ambient: object) -> StepPlan | None:
+        chosen: dict[Sequence, int] = {}
+        copies: dict[Sequence, list[tuple[int, int]]] = {}
+        budget = self.max_num_batched_tokens
+        preempted = False
+        # The sort is stable: single tokens before chunks, each by age.
+        candidates = [s for s in self.running if s.call.ambient == ambient]
+        for seq in sorted(candidates, key=_is_chunk):
+            if budget <= 0:
+                break
+            if seq.status is not Status.RUNNING:
+                continue
+            count = min(seq.num_uncomputed, budget)
+            made = self.manager.allocate(seq, seq.num_computed + count)
+            while made is None:
+                victim = self.running[-1]
+                budget += chosen.pop(victim, 0)
+                copies.pop(victim, None)
+                self._preempt(victim)
+                preempted = True
+                if victim is seq:
+                    break
+                made = self.manager.allocate(seq, seq.num_computed + count)
+            if made is not None:
+                chosen[seq], copies[seq] = count, made
+                budget -= count
+        if not preempted:
+            self._admit(ambient, chosen, copies, budget)
+        return _make_plan(chosen, copies) if chosen else None
+
+    def _admit(self, ambient: object, chosen: dict, copies: dict, budget: int) -> None:
+        """Starts waiting sequences while tokens, places and blocks last."""
+        admitted: list[int] = []  # places in `waiting`
+        for place, seq in enumerate(self.waiting):
+            if budget <= 0 or len(self.running) + len(admitted) >= self.max_num_seqs:
+                break
+            if seq.call.ambient != ambient or self._will_be_forked(seq):
+                continue
+            # One spare block for each running sequence keeps a new one from being preempted at once.
+            needed = self.manager.blocks_for(seq.num_tokens) + 1
+            spare = len(self.running) + len(admitted)
+            if spare and needed + spare > self.manager.num_available:
+                break
+            if not self.manager.attach_prefix(seq):
+                continue
+            hit = seq.num_computed
+            count = min(seq.num_uncomputed, budget)
+            made = self.manager.allocate(seq, seq.num_computed + count)
+            if made is None:
+                self.manager.free(seq)
+                break
+            if seq.num_generated == 0:
+                self.prefix_hit_tokens += hit
+                seq.num_cached_prompt = hit
+            seq.status = Status.RUNNING
+            chosen[seq], copies[seq] = count, made
+            budget -= count
+            admitted.append(place)
+        for place in reversed(admitted):
+            bisect.insort(self.running, self.waiting.pop(place), key=_order)
+
+    def _will_be_forked(self, seq: Sequence) -> bool:
+        parent = seq.fork_of
+        return (
+            parent is not None
+            and seq.num_generated == 0
+            and parent.num_generated == 0
+            and parent.finish_reason is None
+            and parent.status is not Status.FINISHED
+        )
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.manager.free(seq)
+        seq.status = Status.WAITING
+        bisect.insort(self.waiting, seq, key=_order)
+        self.num_preemptions += 1
+
+    # --- after the forward ------------------------------------------------------------------------------------------
+
+    def advance(self, plan: StepPlan) -> None:
+        """The planned tokens are computed: moves `num_computed` and registers filled blocks."""
+        for seq, count in zip(plan.sequences, plan.num_scheduled_tokens, strict=True):
+            seq.num_computed += count
+            self.manager.commit(seq)
+
+    def fork_children(self, parent: Sequence) -> list[Sequence]:
+        """Starts the sequences that share `parent`'s prompt, whose KV is complete now; no token was sampled yet."""
+        children = []
+        for child in parent.call.sequences:
+            if child.fork_of is not parent or child.status is not Status.WAITING or child.num_generated:
+                continue
+            if len(self.running) + len(children) >= self.max_num_seqs:
+                break
+            self.manager.fork(parent, child, parent.prompt_len)
+            child.status = Status.RUNNING
+            children.append(child)
+        for child in children:
+            self.waiting.remove(child)
+            bisect.insort(self.running, child, key=_order)
+        return children
+
+
+def _make_plan(chosen: dict[Sequence, int], copies: dict[Sequence, list[tuple[int, int]]]) -> StepPlan:
+    ordered = sorted(chosen, key=lambda s: chosen[s] > 1)  # stable: single tokens first
+    counts = [chosen[s] for s in ordered]
+    return StepPlan(
+        sequences=ordered,
+        num_scheduled_tokens=counts,
+        num_decodes=sum(1 for c in counts if c == 1),
+        block_copies=[pair for s in ordered for pair in copies[s]],
+        sample_indices=[i for i, (s, c) in enumerate(zip(ordered, counts, strict=True)) if s.num_uncomputed == c],
+    )
