@@ -1,0 +1,133 @@
+"""Puts a family's patch on one model and takes it off again.
+
+`apply(model, spec)` binds every attention layer or none. `AppliedPatch` then answers what the engine must
+know about the model as it is now (layers, dtypes, devices, what makes native execution unsafe), however it
+was moved or changed meanwhile.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_paged.errors import UnsupportedModelError
+from hf_paged.patches import safety
+from hf_paged.patches.attention import bind
+from hf_paged.patches.instance import InstancePatch
+from hf_paged.patches.registry import PatchSpec
+
+__all__ = ["AppliedPatch", "InstancePatch", "LayerGeometry", "apply"]
+
+_KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN_DTYPES = (*_KV_DTYPES, torch.float64)
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """What one layer's KV blocks look like and where they live."""
+
+    num_kv_heads: int  # H_kv
+    num_heads: int  # H
+    head_dim: int  # D
+    dtype: torch.dtype  # of the keys the layer makes outside of autocast
+    device: torch.device
+
+
+class _Owner:
+    """Unique identity of one applied patch. Steps carry it; layers compare it."""
+
+
+class AppliedPatch:
+    """A patch in place on one model, which it holds weakly."""
+
+    def __init__(self, model: nn.Module, spec: PatchSpec, layers: list[nn.Module], owner: object) -> None:
+        self.spec = spec
+        self.owner = owner
+        self._model = weakref.ref(model)
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._patches: list[InstancePatch] = []
+        self._forwards: dict[int, Any] = {}
+
+    @property
+    def model(self) -> Any:
+        """The patched model.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the patched model is gone")
+        return model
+
+    def layer_geometry(self) -> list[LayerGeometry]:
+        """The KV geometry of every layer, in layer order, as the model is now."""
+        model = self.model
+        default: Tensor | None = None
+        geometry = []
+        for layer in self.spec.find_attention_layers(model):
+            shape = self.spec.attention_shape(layer)
+            weight = getattr(shape.projection, "weight", None)
+            if not isinstance(weight, Tensor) or weight.dtype not in _PLAIN_DTYPES:
+                # A quantised projection: it gives back the dtype it is given, which is that of the
+                # embeddings.
+                if default is None:
+                    default = model.get_input_embeddings().weight
+                dtype = default.dtype
+            else:
+                dtype = weight.dtype
+            device = weight.device if isinstance(weight, Tensor) else _device_of(layer, model)
+            geometry.append(LayerGeometry(shape.num_kv_heads, shape.num_heads, shape.head_dim, dtype, device))
+        return geometry
+
+    def reasons(self) -> list[tuple[str, str]]:
+        """What makes native execution unsafe right now, as (code, text): the codes of `patches.safety`."""
+        reasons = safety.find_reasons(self.model, self.spec, self._layers, self._forwards)
+        dtypes = {layer.dtype for layer in self.layer_geometry()} - set(_KV_DTYPES)
+        if dtypes:
+            reasons.append(("unsupported_dtype", f"keys and values of dtype {', '.join(map(str, dtypes))}"))
+        return reasons
+
+    def revert(self) -> None:
+        """Takes the patch off: the model has every attribute as before. Again does nothing."""
+        for patch in self._patches:
+            patch.revert()
+        self._patches.clear()
+        self._forwards.clear()
+
+
+def apply(model: nn.Module, spec: PatchSpec) -> AppliedPatch:
+    """Binds paged attention to every attention layer of `model`, or to none.
+
+    Args:
+        model: of the family of `spec`. It is not moved, converted or switched to another mode.
+        spec: from `registry.find(model)`.
+
+    Raises:
+        UnsupportedModelError: the model has no attention layers.
+        RuntimeError: a layer is already bound, by this model or another one that shares it.
+    """
+    layers = spec.find_attention_layers(model)
+    if not layers:
+        raise UnsupportedModelError(f"{type(model).__name__} has no attention layers")
+    owner = _Owner()
+    applied = AppliedPatch(model, spec, layers, owner)
+    try:
+        for number, layer in enumerate(layers):
+            patch = InstancePatch(layer)
+            applied._patches.append(patch)
+            applied._forwards[id(layer)] = bind(patch, layer, number, owner, spec.paged_forward)
+    except BaseException:
+        applied.revert()
+        raise
+    return applied
+
+
+def _device_of(layer: nn.Module, model: nn.Module) -> torch.device:
+    for tensor in (*layer.parameters(), *layer.buffers(), *model.parameters()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,68 @@
+"""GPT-2: one fused projection `c_attn` laid out as [q | k | v], learned positions.
+
+Every scaling option (`scale_attn_weights`, `scale_attn_by_inverse_layer_idx`) is in the module's own
+`scaling`. `reorder_and_upcast_attn` only asks for dot products in float32, which the paged kernels do always.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_paged.patches.attention import attend
+from hf_paged.patches.registry import AttentionShape, PatchSpec, register
+from hf_paged.step import StepInputs
+
+_MODELING = "transformers.models.gpt2.modeling_gpt2"
+
+
+def paged_forward(
+    module: Any,
+    step: StepInputs,
+    layer: int,
+    hidden_states: Tensor,  # [1, T, E]
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    tokens = hidden_states.shape[1]
+    qkv = module.c_attn(hidden_states).view(tokens, 3, module.num_heads, module.head_dim)
+    query, key, value = qkv.unbind(1)
+    output = module.c_proj(attend(step, layer, query, key, value, module.scaling))
+    return module.resid_dropout(output), None
+
+
+def find_attention_layers(model: Any) -> list[nn.Module]:
+    return [block.attn for block in model.transformer.h]
+
+
+def attention_shape(module: Any) -> AttentionShape:
+    return AttentionShape(module.num_heads, module.num_heads, module.head_dim, module.c_attn)
+
+
+def check(model: Any) -> str | None:
+    if getattr(model.config, "add_cross_attention", False):
+        return "the model has cross-attention layers (add_cross_attention=True)"
+    return None
+
+
+def position_limit(model: Any) -> int:
+    return model.transformer.wpe.weight.shape[0]
+
+
+register(
+    PatchSpec(
+        model_types=("gpt2",),
+        model_class=f"{_MODELING}.GPT2LMHeadModel",
+        trusted_classes=tuple(
+            f"{_MODELING}.{name}" for name in ("GPT2LMHeadModel", "GPT2Model", "GPT2Block", "GPT2Attention")
+        ),
+        find_attention_layers=find_attention_layers,
+        attention_shape=attention_shape,
+        paged_forward=paged_forward,
+        check=check,
+        position_limit=position_limit,
+        rope_limit=lambda model: None,
+        attention_dropout=lambda module: module.attn_dropout.p,
+    )
+)

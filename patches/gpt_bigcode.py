@@ -1,0 +1,71 @@
+"""GPTBigCode (StarCoder, SantaCoder): one fused projection `c_attn`, learned positions.
+
+With `multi_query` it is laid out as [all q | one k | one v]; without, as [q k v] head by head, unlike GPT-2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_paged.patches.attention import attend
+from hf_paged.patches.registry import AttentionShape, PatchSpec, register
+from hf_paged.step import StepInputs
+
+_MODELING = "transformers.models.gpt_bigcode.modeling_gpt_bigcode"
+
+
+def paged_forward(
+    module: Any,
+    step: StepInputs,
+    layer: int,
+    hidden_states: Tensor,  # [1, T, E]
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    tokens, heads, head_dim = hidden_states.shape[1], module.num_heads, module.head_dim
+    qkv = module.c_attn(hidden_states)
+    if module.multi_query:
+        query, key, value = qkv.view(tokens, heads + 2, head_dim).split((heads, 1, 1), dim=1)
+    else:
+        query, key, value = qkv.view(tokens, heads, 3, head_dim).unbind(2)
+    output = module.c_proj(attend(step, layer, query, key, value, module.scaling))
+    return module.resid_dropout(output), None
+
+
+def find_attention_layers(model: Any) -> list[nn.Module]:
+    return [block.attn for block in model.transformer.h]
+
+
+def attention_shape(module: Any) -> AttentionShape:
+    return AttentionShape(module.num_heads, module.kv_heads, module.head_dim, module.c_attn)
+
+
+def check(model: Any) -> str | None:
+    if getattr(model.config, "add_cross_attention", False):
+        return "the model has cross-attention layers (add_cross_attention=True)"
+    return None
+
+
+def position_limit(model: Any) -> int:
+    return model.transformer.wpe.weight.shape[0]
+
+
+register(
+    PatchSpec(
+        model_types=("gpt_bigcode",),
+        model_class=f"{_MODELING}.GPTBigCodeForCausalLM",
+        trusted_classes=tuple(
+            f"{_MODELING}.{name}"
+            for name in ("GPTBigCodeForCausalLM", "GPTBigCodeModel", "GPTBigCodeBlock", "GPTBigCodeAttention")
+        ),
+        find_attention_layers=find_attention_layers,
+        attention_shape=attention_shape,
+        paged_forward=paged_forward,
+        check=check,
+        position_limit=position_limit,
+        rope_limit=lambda model: None,
+        attention_dropout=lambda module: module.attn_pdrop,
+    )
+)

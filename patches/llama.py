@@ -1,0 +1,92 @@
+"""LLaMA: separate projections, grouped KV heads, rotary positions.
+
+Keys are rotated before they are stored, so the cache holds what attention reads. The frequencies of `dynamic`
+and `longrope` depend on the longest position of the whole forward: packing is exact only below the length
+where they switch (`rope_limit`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from hf_paged.patches.attention import attend
+from hf_paged.patches.registry import AttentionShape, PatchSpec, register
+from hf_paged.step import StepInputs
+
+_MODELING = "transformers.models.llama.modeling_llama"
+_STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional")
+
+
+def paged_forward(
+    module: Any,
+    step: StepInputs,
+    layer: int,
+    hidden_states: Tensor,  # [1, T, E]
+    position_embeddings: tuple[Tensor, Tensor],  # cos and sin, each [1, T, D]
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    by_head = (1, hidden_states.shape[1], -1, module.head_dim)
+    query = module.q_proj(hidden_states).view(by_head).transpose(1, 2)
+    key = module.k_proj(hidden_states).view(by_head).transpose(1, 2)
+    value = module.v_proj(hidden_states).view(by_head)
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    return module.o_proj(attend(step, layer, query[0], key[0], value[0], module.scaling)), None
+
+
+def find_attention_layers(model: Any) -> list[nn.Module]:
+    return [layer.self_attn for layer in model.model.layers[: model.config.num_hidden_layers]]
+
+
+def attention_shape(module: Any) -> AttentionShape:
+    config = module.config
+    return AttentionShape(
+        config.num_attention_heads, config.num_key_value_heads, module.head_dim, module.k_proj
+    )
+
+
+def check(model: Any) -> str | None:
+    rope_type = model.model.rotary_emb.rope_type
+    if rope_type not in (*_STATIC_ROPE, "dynamic", "longrope"):
+        return f"rope_type={rope_type!r} is not known to be exact for packed sequences"
+    return None
+
+
+def rope_limit(model: Any) -> int | None:
+    rotary = model.model.rotary_emb
+    if rotary.rope_type == "dynamic":
+        # Frequencies grown by a longer forward are only reset by one that is shorter than the original
+        # length.
+        return rotary.original_max_seq_len - 1
+    if rotary.rope_type == "longrope":
+        return rotary.config.rope_parameters["original_max_position_embeddings"]
+    return None
+
+
+register(
+    PatchSpec(
+        model_types=("llama",),
+        model_class=f"{_MODELING}.LlamaForCausalLM",
+        trusted_classes=tuple(
+            f"{_MODELING}.{name}"
+            for name in (
+                "LlamaForCausalLM",
+                "LlamaModel",
+                "LlamaDecoderLayer",
+                "LlamaAttention",
+                "LlamaRotaryEmbedding",
+            )
+        ),
+        find_attention_layers=find_attention_layers,
+        attention_shape=attention_shape,
+        paged_forward=paged_forward,
+        check=check,
+        position_limit=lambda model: None,
+        rope_limit=rope_limit,
+        attention_dropout=lambda module: module.attention_dropout,
+    )
+)

@@ -1,0 +1,246 @@
+"""What makes native execution of a patched model unsafe at this moment, found by one walk over its modules.
+
+Run at every generate call, so it must stay below 0.3 ms on GPT-2 124M: plain `__dict__` reads, nothing per
+parameter but its type and device. Codes, each with a text that names the culprit:
+
+    unsupported_variant       an option of the family that is not covered (cross-attention, unknown RoPE type)
+    class_forward_replaced    a class the step relies on has another forward (monkey patch, swapped layer)
+    layers_changed            attention layers were added, removed or swapped since the model was enabled
+    attention_implementation  a user-registered attention function, whose result cannot be known
+    prepare_inputs_replaced   `prepare_inputs_for_generation` is not the library's
+    forward_hooks             a foreign forward (pre-)hook: it would see packed tokens of several requests
+    adapter_names             PEFT's per-row adapter (or aLoRA) hooks, which expect one row a request
+    forward_replaced          the forward of a module instance was wrapped or replaced
+    compiled_forward          a module runs through `torch.compile`
+    offloaded_weights         weights live on disk or are moved in for each forward
+    sharded_parameters        FSDP, ZeRO or tensor-parallel parameters
+    unsupported_device        weights on a device other than cpu or cuda
+    unsupported_dtype         keys and values of a dtype the KV cache does not hold
+    dropout_active            training mode with a dropout probability above zero
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.dropout import _DropoutNd
+
+from hf_paged.patches.registry import PatchSpec, class_override_reason
+
+__all__ = ["find_reasons"]
+
+_DEVICES = ("cpu", "cuda")
+_ATTENTION = ("eager", "sdpa", "flex_attention")
+#: Modules whose hooks do not depend on how tokens are arranged: they record outputs only when asked to, mark
+#: gradients, or recompute a weight from its parametrisation.
+_HARMLESS_HOOKS = (
+    "transformers.utils.output_capturing",
+    "torch.nn.utils.prune",
+    "torch.nn.utils.weight_norm",
+)
+_HARMLESS_HOOK_NAMES = ("make_inputs_require_grads", "make_inputs_require_grad")
+_PEFT_ROW_ARGUMENTS = ("adapter_names", "alora_offsets")
+
+
+@dataclass
+class _Walk:
+    """What one pass over the modules found."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    classes: set[type] = field(default_factory=set)
+    parameter_classes: set[type] = field(default_factory=set)
+    devices: set[torch.device] = field(default_factory=set)
+    training: list[nn.Module] = field(default_factory=list)
+
+    def add(self, code: str, text: str) -> None:
+        self.reasons.setdefault(code, text)
+
+
+def find_reasons(
+    model: Any,
+    spec: PatchSpec,
+    layers: list[weakref.ref[nn.Module]],
+    forwards: dict[int, Callable[..., Any]],
+) -> list[tuple[str, str]]:
+    """All reasons, one per code.
+
+    Args:
+        model: a model patched with `spec`.
+        layers: the attention modules bound, in order.
+        forwards: id of a bound module -> the function bound to it.
+    """
+    walk = _walk_modules(model, forwards)
+    variant = spec.check(model)
+    if variant is not None:
+        walk.add("unsupported_variant", variant)
+    for cls in walk.classes:
+        overridden = class_override_reason(cls, cls.forward, spec.trusted_classes)
+        if overridden is not None:
+            walk.add("class_forward_replaced", overridden)
+    now = spec.find_attention_layers(model)
+    if len(now) != len(layers) or any(a is not b() for a, b in zip(now, layers, strict=True)):
+        walk.add(
+            "layers_changed", "the attention layers are not those the model was enabled with: enable it again"
+        )
+    _check_config(walk, model)
+    _check_parameters(walk, model)
+    if walk.training:
+        _check_dropout(walk, spec, now)
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        hooks = [
+            *torch_module._global_forward_hooks.values(),
+            *torch_module._global_forward_pre_hooks.values(),
+        ]
+        walk.add("forward_hooks", f"global module hook {_name_of(hooks[0])}")
+    return list(walk.reasons.items())
+
+
+def _walk_modules(model: nn.Module, forwards: dict[int, Callable[..., Any]]) -> _Walk:
+    walk = _Walk()
+    seen = {id(model)}
+    stack: list[nn.Module] = [model]
+    while stack:
+        module = stack.pop()
+        state = module.__dict__
+        walk.classes.add(type(module))
+        if state.get("_forward_hooks") or state.get("_forward_pre_hooks"):
+            _check_hooks(walk, module)
+        if "forward" in state or "_hf_hook" in state:
+            _check_forward(walk, module, state, forwards.get(id(module)))
+        if state.get("_compiled_call_impl") is not None or "_orig_mod" in state.get("_modules", ()):
+            walk.add("compiled_forward", f"{type(module).__name__} runs through torch.compile")
+        if state.get("training"):
+            walk.training.append(module)
+        for parameter in state.get("_parameters", {}).values():
+            if parameter is not None:
+                walk.parameter_classes.add(type(parameter))
+                walk.devices.add(parameter.device)
+        for child in state.get("_modules", {}).values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                stack.append(child)
+    return walk
+
+
+def _check_hooks(walk: _Walk, module: nn.Module) -> None:
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if isinstance(hook, functools.partial) and any(
+            hook.keywords.get(name) for name in _PEFT_ROW_ARGUMENTS
+        ):
+            walk.add("adapter_names", f"{type(module).__name__} has adapters chosen row by row")
+            continue
+        source = hook if hasattr(hook, "__qualname__") else type(hook)
+        name = source.__qualname__.rpartition(".")[2]
+        if source.__module__ not in _HARMLESS_HOOKS and name not in _HARMLESS_HOOK_NAMES:
+            walk.add("forward_hooks", f"{type(module).__name__} has the forward hook {_name_of(hook)}")
+
+
+def _check_forward(walk: _Walk, module: nn.Module, state: dict[str, Any], ours: Any) -> None:
+    """Follows the forwards stacked on an instance down to ours, or to the class's own."""
+    top = state.get("forward")
+    if "_hf_hook" in state:
+        problem = _accelerate_problem(state["_hf_hook"])
+        if problem is not None:
+            walk.add(problem, f"{type(module).__name__} has accelerate's {type(state['_hf_hook']).__name__}")
+        if not _is_accelerate(top):
+            walk.add("forward_replaced", f"{type(module).__name__}.forward was wrapped by {_name_of(top)}")
+            return
+        top = state.get("_old_forward")
+    if ours is not None and top is ours:
+        top = ours.hf_paged_before
+    elif ours is not None:
+        walk.add(
+            "forward_replaced",
+            f"{type(module).__name__}.forward was replaced by {_name_of(top)} after enable",
+        )
+        return
+    if top is None or getattr(top, "hf_paged_step_only", False) or _is_own_method(module, top):
+        return
+    if hasattr(top, "_torchdynamo_orig_callable"):
+        walk.add("compiled_forward", f"{type(module).__name__}.forward runs through torch.compile")
+    elif not _is_mixed_precision(state):
+        walk.add("forward_replaced", f"{type(module).__name__}.forward was replaced by {_name_of(top)}")
+
+
+def _is_own_method(module: nn.Module, forward: Any) -> bool:
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+
+
+def _is_accelerate(forward: Any) -> bool:
+    function = forward.func if isinstance(forward, functools.partial) else None
+    return getattr(function, "__module__", None) == "accelerate.hooks"
+
+
+def _is_mixed_precision(state: dict[str, Any]) -> bool:
+    """Whether `Accelerator.prepare` put autocast and a cast of outputs around the forward: both by token."""
+    forward = state.get("forward")
+    function = getattr(forward, "__func__", forward)
+    return (
+        "_original_forward" in state
+        and getattr(function, "__module__", None) == "accelerate.utils.operations"
+    )
+
+
+def _accelerate_problem(hook: Any) -> str | None:
+    kind = f"{type(hook).__module__}.{type(hook).__name__}"
+    if kind == "accelerate.hooks.SequentialHook":
+        return next((problem for inner in hook.hooks if (problem := _accelerate_problem(inner))), None)
+    if kind == "accelerate.hooks.AlignDevicesHook":
+        return "offloaded_weights" if hook.offload else None
+    if kind in ("accelerate.hooks.CpuOffload", "accelerate.hooks.UserCpuOffloadHook"):
+        return "offloaded_weights"
+    return "forward_hooks"
+
+
+def _check_config(walk: _Walk, model: Any) -> None:
+    attention = getattr(model.config, "_attn_implementation", None) or "eager"
+    if attention not in _ATTENTION and "flash" not in attention:
+        walk.add("attention_implementation", f"attention implementation {attention!r}")
+    prepare = model.__dict__.get("prepare_inputs_for_generation")
+    own = type(model).prepare_inputs_for_generation
+    if prepare is not None and getattr(prepare, "__func__", None) is not own:
+        walk.add("prepare_inputs_replaced", f"prepare_inputs_for_generation is {_name_of(prepare)}")
+    if own.__module__ != "transformers.generation.utils":
+        walk.add("prepare_inputs_replaced", f"{type(model).__name__} overrides prepare_inputs_for_generation")
+
+
+def _check_parameters(walk: _Walk, model: nn.Module) -> None:
+    for device in walk.devices:
+        if device.type == "meta":
+            walk.add("offloaded_weights", "weights on the meta device: they are not in memory")
+        elif device.type not in _DEVICES:
+            walk.add("unsupported_device", f"weights on device {device}; supported: cpu, cuda")
+    for cls in (*walk.parameter_classes, *walk.classes):
+        if cls.__name__ in ("DTensor", "FlatParameter", "FullyShardedDataParallel"):
+            walk.add("sharded_parameters", f"the model has {cls.__name__} parameters")
+    if "deepspeed" in sys.modules and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        walk.add("sharded_parameters", "the model has ZeRO parameters")
+
+
+def _check_dropout(walk: _Walk, spec: PatchSpec, layers: Iterable[nn.Module]) -> None:
+    for module in walk.training:
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            walk.add("dropout_active", f"training mode with {type(module).__name__}(p={module.p})")
+            return
+    for layer in layers:
+        if layer.training and spec.attention_dropout(layer) > 0:
+            walk.add(
+                "dropout_active", f"training mode with attention dropout {spec.attention_dropout(layer)}"
+            )
+            return
+
+
+def _name_of(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        function = function.func
+    source = function if isinstance(function, types.FunctionType | types.MethodType) else type(function)
+    return f"{source.__module__}.{source.__qualname__}"
