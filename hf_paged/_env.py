@@ -1,4 +1,4 @@
-"""What hf_paged runs on, as one plain dict: for `hf-paged env`, bug reports and the header of measurements."""
+"""What hf_paged runs on, as one plain dict: for `hf-paged env`, bug reports and headers of measurements."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+import hf_paged
 from hf_paged.engine.memory import available_bytes, default_kv_budget
 
 __all__ = ["environment"]
 
 _PACKAGES = (
-    "hf-paged",
     "transformers",
     "torch",
     "peft",
@@ -59,7 +59,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"hf-paged": hf_paged.__version__} | {name: _version(name) for name in _PACKAGES},
         "settings": {name: os.environ[name] for name in _SETTINGS + _OTHER_SETTINGS if name in os.environ},
         "cpu": _cpu(),
         "memory": _memory(),

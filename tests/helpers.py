@@ -1,7 +1,7 @@
 """Tiny models, prompts and checks shared by the tests.
 
-Random models are built from a config with seeded weights, never downloaded. Their weights are large enough that
-greedy output wanders over the vocabulary and its best two tokens are far apart: equality of tokens means something.
+Random models are built from a config with seeded weights, never downloaded. Their weights are so large that
+greedy output wanders and its best two tokens are far apart: equality of tokens means something.
 The demo models under `examples/models` are trained: use them where a test needs EOS, text or stop strings.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ FAMILIES = ("gpt2", "gpt_bigcode", "llama")
 VOCAB_SIZE = 128
 MAX_POSITIONS = 128
 BOS, EOS, PAD = 0, 1, 2
+IDLE_WITHIN_S = 5.0
 
 _TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 _GPT_SHAPE = {"n_positions": MAX_POSITIONS, "n_embd": 48, "n_layer": 2, "n_head": 4}
@@ -73,7 +75,7 @@ def make_model(
 
 def _draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
     # Wide enough that logits spread over several units and attention is far from uniform. Positions outweigh
-    # tokens, else with tied embeddings a token mostly predicts itself. Biases are drawn: zeros would hide a lost one.
+    # tokens, else with tied embeddings a token mostly predicts itself. Zero biases would hide a lost one.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -134,7 +136,7 @@ def assert_same_tokens(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @contextmanager
 def native_calls(model: Any, calls: int = 1) -> Iterator[None]:
-    """Fail unless exactly `calls` native calls and no fallback happen inside: else parity would prove nothing."""
+    """Fail unless exactly `calls` native calls and no fallback happen inside: parity alone proves nothing."""
     import hf_paged
 
     before = hf_paged.stats(model)
@@ -146,7 +148,13 @@ def native_calls(model: Any, calls: int = 1) -> Iterator[None]:
 
 
 def check_engines(engines: Sequence[Any]) -> None:
-    """Raise AssertionError unless every engine is idle with all its blocks accounted for."""
+    """Raise AssertionError unless every engine is idle with all its blocks accounted for.
+
+    An engine thread may still be about to end after the result was handed out; it gets a moment.
+    """
+    deadline = time.monotonic() + IDLE_WITHIN_S
     for engine in engines:
+        while not engine.is_idle and time.monotonic() < deadline:
+            time.sleep(0.005)
         assert engine.is_idle, f"{engine!r} still has requests: one was not finished, cancelled or freed"
         engine.check_integrity()

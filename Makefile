@@ -1,0 +1,92 @@
+# On a machine with Python 3.11+, git and make: `make demo` shows what this is, `make test` checks it.
+# Each makes the environment it needs in this folder, once, with the versions in constraints/.
+
+PYTHON ?= python3
+DEMO_MODEL ?= examples/models/llama
+# More words for pytest, e.g. PYTEST_ARGS="--parity-seed=20260131 -x"
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := pip install --quiet --disable-pip-version-check
+COMPAT := 5.6 5.17
+
+.PHONY: help demo test test-full test-compat test-gpu lint format types bench demo-models clean
+
+help:
+	@echo "make demo         one model, with and without hf_paged: a table, and compare.json"
+	@echo "make test         units and a rotating part of the parity grid (at most 15 minutes on 2 cores)"
+	@echo "make test-full    everything, slow tests too (at most 80 minutes)"
+	@echo "make test-compat  parity on the oldest and a middle transformers ($(COMPAT))"
+	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make lint         ruff, rules and format;   make format applies both"
+	@echo "make types        mypy"
+	@echo "make bench        the speed figures of the README on this machine"
+	@echo "make demo-models  train the models in examples/models again (about half an hour)"
+	@echo "make clean        remove environments, caches and build results"
+
+demo: $(VENV)/.ready
+	$(BIN)/hf-paged compare $(DEMO_MODEL) --json compare.json
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-full: $(VENV)/.ready-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-compat: $(COMPAT:%=.venv-%/.ready)
+	@set -e; for version in $(COMPAT); do \
+	    .venv-$$version/bin/python -c "import transformers; print('transformers', transformers.__version__)"; \
+	    .venv-$$version/bin/python -m pytest -m compat $(PYTEST_ARGS); \
+	done
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.ready-test
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/hf-paged bench
+
+demo-models: $(VENV)/.ready
+	$(BIN)/python examples/train_demo_models.py
+
+clean:
+	rm -rf $(VENV) $(COMPAT:%=.venv-%) build dist *.egg-info compare.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp in each environment: made once, installed again when the metadata or the pins change.
+CREATE = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+    { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+
+$(VENV)/.created:
+	$(CREATE)
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.created pyproject.toml constraints/base.txt constraints/newest.txt
+	@echo "Installing into $(VENV) (a minute or more; torch is large)"
+	@$(BIN)/$(PIP_INSTALL) --constraint constraints/newest.txt --editable .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@echo "Installing what the tests need into $(VENV)"
+	@$(BIN)/$(PIP_INSTALL) --constraint constraints/newest.txt --editable '.[test]'
+	@touch $@
+
+.venv-%/.ready: pyproject.toml constraints/base.txt constraints/transformers-%.txt
+	$(CREATE)
+	@echo "Installing transformers $* and the tests into .venv-$*"
+	@test -d .venv-$* || $(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/$(PIP_INSTALL) --constraint constraints/transformers-$*.txt --editable '.[test]'
+	@touch $@
