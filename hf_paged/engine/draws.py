@@ -1,0 +1,195 @@
+"""Random numbers of sampled rows: which exponential variates divide the probabilities of row r at step t.
+
+`torch.multinomial(p, 1)` is bit for bit `argmax(p / empty_like(p).exponential_())`. So a draw is a row of
+exponential variates, and it may be made before the probabilities of the row are known. Steps are counted per
+row of a call: the draw of step t picks the (t + 1)-th generated token.
+
+    draws = LockstepDraws(num_rows=4)    # what generate() does, from the global generator
+    draws = SeededDraws(seed=0)          # independent of who else runs
+    q = draws.exponential([0, 2], t=5, vocab=50257, dtype=torch.float32, device=torch.device("cpu"))
+    tokens = (probs / q).argmax(-1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Draws(Protocol):
+    """Where the random numbers of a call come from. Not thread-safe: one step at a time asks it."""
+
+    def exponential(
+        self, rows: list[int], t: int, vocab: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:  # [len(rows), vocab]
+        """The variates of `rows` (distinct) at step `t`, not to be written to. A row asks once a step."""
+        ...
+
+    def release(self, row: int) -> None:
+        """`row` will not ask again."""
+        ...
+
+    def finish(self, num_steps: int) -> None:
+        """The call ran `num_steps` steps, its longest row's: puts generators where upstream's loop would."""
+        ...
+
+
+@dataclass
+class _KeptStep:
+    waiting: set[int]  # rows that have not asked for this step yet
+    state: Tensor  # of the generator, before the draw
+    variates: Tensor | None  # [num_rows, vocab]; None: to be drawn again from `state`
+
+
+class LockstepDraws:
+    """The draws of upstream's loop: one [num_rows, vocab] draw a step, from a generator others use too.
+
+    The draw of step t is made when the first row reaches t; rows that lag (preempted, admitted later) find
+    theirs kept, or redrawn from the kept generator state once more than `kept_bytes` are held.
+
+    Args:
+        num_rows: rows of the call, finished ones included: upstream draws for them too.
+        generator: None for the default generator of the device of the probabilities.
+        kept_bytes: bound on the variates kept for lagging rows; generator states (5 kB each on the CPU) come
+            on top.
+    """
+
+    def __init__(
+        self, num_rows: int, generator: torch.Generator | None = None, kept_bytes: int = 32 << 20
+    ) -> None:
+        self._num_rows = num_rows
+        self._generator = generator
+        self._kept_bytes = kept_bytes
+        self._live = set(range(num_rows))
+        self._kept: dict[int, _KeptStep] = {}
+        self._num_drawn = 0
+        self._vocab = 0  # 0: nothing was drawn yet
+        self._dtype = torch.float32
+
+    def exponential(
+        self, rows: list[int], t: int, vocab: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:  # [len(rows), vocab]
+        if not self._vocab:
+            self._vocab, self._dtype = vocab, dtype
+            self._generator = self._generator or default_generator(device)
+        for step in range(self._num_drawn, t):
+            self._draw(step, set())
+        if t == self._num_drawn:
+            variates = self._draw(t, set(rows))
+        else:
+            variates = self._recall(t, set(rows))
+        if len(rows) == self._num_rows and rows == list(range(self._num_rows)):
+            return variates
+        return variates[rows]
+
+    def release(self, row: int) -> None:
+        self._live.discard(row)
+        for t, kept in list(self._kept.items()):
+            kept.waiting.discard(row)
+            if not kept.waiting:
+                del self._kept[t]
+
+    def finish(self, num_steps: int) -> None:
+        # Steps are drawn as rows reach them, so this finds work only where rows ended without being sampled.
+        if self._vocab:
+            self._live.clear()
+            for step in range(self._num_drawn, num_steps):
+                self._draw(step, set())
+        self._kept.clear()
+
+    def _draw(self, t: int, rows: set[int]) -> Tensor:
+        assert self._generator is not None
+        waiting = self._live - rows
+        state = self._generator.get_state() if waiting else None
+        variates = self._variates(self._generator)
+        self._num_drawn = t + 1
+        if state is not None:
+            self._kept[t] = _KeptStep(waiting, state, variates)
+            self._trim(newest=t)
+        return variates
+
+    def _recall(self, t: int, rows: set[int]) -> Tensor:
+        kept = self._kept.get(t)
+        if kept is None or not rows <= kept.waiting:
+            raise ValueError(f"the draw of step {t} was already given to rows {sorted(rows)}")
+        if kept.variates is None:
+            assert self._generator is not None
+            generator = torch.Generator(device=self._generator.device)
+            generator.set_state(kept.state)
+            kept.variates = self._variates(generator)
+            self._trim(newest=t)
+        variates = kept.variates
+        kept.waiting -= rows
+        if not kept.waiting:
+            del self._kept[t]
+        return variates
+
+    def _variates(self, generator: torch.Generator) -> Tensor:
+        shape = (self._num_rows, self._vocab)
+        return torch.empty(shape, dtype=self._dtype, device=generator.device).exponential_(
+            generator=generator
+        )
+
+    def _trim(self, newest: int) -> None:
+        """Forgets variates, the oldest steps' first, until `kept_bytes` are held; `newest` always stays."""
+        held = [t for t, kept in self._kept.items() if kept.variates is not None and t != newest]
+        step_bytes = self._num_rows * self._vocab * self._dtype.itemsize
+        room = max(0, self._kept_bytes // step_bytes - 1)
+        for t in held[: max(0, len(held) - room)]:
+            self._kept[t].variates = None
+
+
+class SeededDraws:
+    """A counter-based stream: the draw of a row at a step depends on (seed, index, row, step) alone.
+
+    The same whatever the batch, the process and the number of threads. The stream is Philox 4x64, the key
+    (seed, index), the counter (step, row), two tokens a 64-bit word.
+
+    Args:
+        seed: any integer, taken modulo 2**64.
+        index: which of several streams of one seed, e.g. the position in the list of `generate_many`.
+    """
+
+    def __init__(self, seed: int, index: int = 0) -> None:
+        self._key = [seed % 2**64, index % 2**64]
+
+    def exponential(
+        self, rows: list[int], t: int, vocab: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:  # [len(rows), vocab]
+        variates = np.empty((len(rows), vocab), dtype=np.float32)
+        for out, row in zip(variates, rows, strict=True):
+            words = np.random.Philox(key=self._key, counter=[0, t, row, 0]).random_raw((vocab + 1) // 2)
+            _exponential_of_bits(words.astype("<u8", copy=False).view("<u4")[:vocab], out)
+        return torch.from_numpy(variates).to(device=device, dtype=dtype)
+
+    def release(self, row: int) -> None:
+        pass
+
+    def finish(self, num_steps: int) -> None:
+        pass
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator `torch.manual_seed` sets and `torch.multinomial` uses on `device`."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
+def _exponential_of_bits(bits: np.ndarray, out: np.ndarray) -> None:
+    """Exponential variates into `out`, float32 [n], from `bits`, uint32 [n]. All are finite and > 0.
+
+    numpy and one row at a time: torch may split a row among threads, and its vector and scalar logarithms
+    differ.
+    """
+    np.multiply(bits, np.float32(-(2.0**-32)), out=out, dtype=np.float32, casting="unsafe")
+    out -= np.float32(2.0**-33)
+    # Uniforms are negated here; -1 would give infinity, which divides every probability to the same 0.
+    np.maximum(out, np.float32(2.0**-24 - 1), out=out)
+    np.log1p(out, out=out)
+    np.negative(out, out=out)

@@ -1,0 +1,194 @@
+"""Next tokens of the rows of a step, whichever calls they belong to: just what upstream's loop would choose.
+
+Rows that only want the most probable token never leave the dtype of the model. The others are cast to
+float32, put through the processors of their call together with all rows of equal parameters, and drawn from
+the call's `Draws`. What goes wrong for a call (a processor that raises, probabilities that are not numbers)
+is the result of its rows, and of no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_paged.engine import processors as rules
+from hf_paged.engine import stopping
+from hf_paged.engine.processor_rules import Line
+from hf_paged.engine.request import Call, FinishReason, Sequence
+from hf_paged.engine.sampling import SamplingSpec, TokenLogprobs
+
+#: Float32 scores processed at once: keeps the temporaries of the warpers (about ten times this) small.
+_CHUNK_BYTES = 32 << 20
+
+
+class Sampler:
+    """Turns logits into tokens and tokens into finish reasons.
+
+    Args:
+        argmax_rows: [rows, vocab] of any float dtype -> [rows] int64; the first of equals, as `torch.argmax`.
+    """
+
+    def __init__(
+        self, argmax_rows: Callable[[Tensor], Tensor] = lambda rows: torch.argmax(rows, dim=-1)
+    ) -> None:
+        self._argmax_rows = argmax_rows
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[int | BaseException]:
+        """The next token of each sequence, or the exception its call fails with.
+
+        Args:
+            logits: [R, vocab], row i for `sequences[i]`, any float dtype. Not written to.
+            sequences: distinct; `num_generated` of each is the step of its row.
+
+        Returns:
+            R tokens. A finished sequence of a call that runs on gets what upstream gives it: the pad token if
+            the call knows an end of sequence.
+        """
+        if logits.dtype is torch.float64:
+            logits = logits.float()  # as upstream does; any narrower dtype has the same argmax as in float32
+        special = [i for i, sequence in enumerate(sequences) if not sequence.call.sampling.plain]
+        if not special:
+            tokens: list[int | BaseException] = self._argmax_rows(logits).tolist()
+        else:
+            tokens = [0] * len(sequences)
+            plain = sorted(set(range(len(sequences))).difference(special))
+            if plain:
+                for i, token in zip(plain, self._argmax_rows(logits[plain]).tolist(), strict=True):
+                    tokens[i] = token
+            self._sample_special(logits, sequences, special, tokens)
+        for i, sequence in enumerate(sequences):
+            if sequence.finish_reason is not None and not isinstance(tokens[i], BaseException):
+                spec: SamplingSpec = sequence.call.sampling
+                if spec.has_eos and spec.pad_token_id is not None:
+                    tokens[i] = spec.pad_token_id
+        return tokens
+
+    def stops(self, sequences: list[Sequence]) -> list[FinishReason | None]:
+        """Why each sequence, whose newest token was just appended, finishes; None if it goes on."""
+        reasons = stopping.stops(sequences)
+        for sequence, reason in zip(sequences, reasons, strict=True):
+            if reason is not None and not sequence.call.run_on:
+                sequence.call.sampling.release(sequence.row)
+        return reasons
+
+    def _sample_special(
+        self, logits: Tensor, sequences: list[Sequence], special: list[int], tokens: list[int | BaseException]
+    ) -> None:
+        """Fills `tokens` at `special`; rows of equal signature go together."""
+        groups: dict[object, list[int]] = {}
+        for i in special:
+            groups.setdefault(sequences[i].call.sampling.signature, []).append(i)
+        chunk = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
+        errors: dict[Call, BaseException] = {}
+        for indices in groups.values():
+            for start in range(0, len(indices), chunk):
+                part = indices[start : start + chunk]
+                chosen = self._sample_group(logits[part].float(), [sequences[i] for i in part], errors)
+                for i, token in zip(part, chosen, strict=True):
+                    tokens[i] = token
+        if errors:
+            for i in special:
+                tokens[i] = errors.get(sequences[i].call, tokens[i])
+
+    def _sample_group(
+        self, logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]
+    ) -> list[int]:
+        """Tokens of rows of equal signature, arbitrary for those of calls in `errors`, to which it may add.
+
+        `logits` [n, vocab] float32 is this group's own.
+        """
+        scores = _process(logits, sequences, errors)
+        if sequences[0].call.sampling.do_sample:
+            tokens = self._argmax_rows(_divided_by_draws(scores, sequences, errors)).tolist()
+        else:
+            tokens = self._argmax_rows(scores.contiguous()).tolist()
+        recording: list[int] = []
+        for i, sequence in enumerate(sequences):
+            spec: SamplingSpec = sequence.call.sampling
+            if spec.output_scores:
+                spec.scores[sequence.row].append(scores[i].clone())
+            if spec.output_logits:
+                spec.logits[sequence.row].append(logits[i].clone())
+            if spec.logprobs is not None:
+                recording.append(i)
+        if recording:
+            _record_logprobs(scores, sequences, tokens, recording)
+        return tokens
+
+
+def _process(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> Tensor:
+    """Scores [n, vocab] after the processors; `errors` gets what they raised, by call."""
+    try:
+        return rules.run([_line(sequence) for sequence in sequences], logits)
+    except Exception as error:
+        by_call: dict[Call, list[int]] = {}
+        for i, sequence in enumerate(sequences):
+            by_call.setdefault(sequence.call, []).append(i)
+        if len(by_call) == 1:
+            errors.setdefault(sequences[0].call, error)
+            return logits
+    # Rows of several calls went together: each call on its own shows whose fault it was.
+    scores = logits.clone()
+    for part in by_call.values():
+        scores[part] = _process(logits[part], [sequences[i] for i in part], errors)
+    return scores
+
+
+def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> Tensor:
+    """What `torch.multinomial(softmax(scores), 1)` takes the argmax of, [n, vocab].
+
+    `errors` gets what it would have raised, by call.
+    """
+    probs = torch.softmax(scores, dim=-1)
+    # A row with a nan, with +inf or with nothing but -inf among its scores is nan throughout; no other is.
+    for i, bad in enumerate(torch.isnan(probs[:, 0]).tolist()):
+        if bad:
+            errors.setdefault(sequences[i].call, _multinomial_error(probs[i]))
+    asking: dict[tuple[Call, int], list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        asking.setdefault((sequence.call, sequence.num_generated), []).append(i)
+    for (call, t), indices in asking.items():
+        if call in errors:
+            continue
+        rows = [sequences[i].row for i in indices]
+        variates = call.sampling.draws.exponential(rows, t, probs.shape[1], probs.dtype, probs.device)
+        if len(indices) == len(sequences):
+            return probs.div_(variates)
+        for i, row in zip(indices, variates, strict=True):
+            probs[i] /= row
+    return probs
+
+
+def _line(sequence: Sequence) -> Line:
+    spec: SamplingSpec = sequence.call.sampling
+    return Line(
+        processors=spec.processors,
+        row=sequence.row,
+        num_rows=spec.num_rows,
+        length=spec.prompt_width + sequence.num_generated,
+        history=lambda: spec.history(sequence),
+    )
+
+
+def _multinomial_error(probs: Tensor) -> BaseException:
+    """What `torch.multinomial` says to `probs` [vocab]. On the CPU: elsewhere it may kill the process."""
+    try:
+        torch.multinomial(probs.cpu(), 1)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("torch.multinomial accepted probabilities that are not numbers")
+
+
+def _record_logprobs(
+    scores: Tensor, sequences: list[Sequence], tokens: list[int], recording: list[int]
+) -> None:
+    logprobs = torch.log_softmax(scores[recording], dim=-1)
+    chosen = logprobs.gather(1, torch.tensor([[tokens[i]] for i in recording], device=scores.device))
+    width = min(scores.shape[1], max(sequences[i].call.sampling.logprobs for i in recording))
+    values, ids = (part.tolist() for part in logprobs.topk(width, dim=-1))
+    for n, i in enumerate(recording):
+        spec: SamplingSpec = sequences[i].call.sampling
+        top = list(zip(ids[n], values[n], strict=True))[: spec.logprobs]
+        spec.token_logprobs[sequences[i].row].append(TokenLogprobs(tokens[i], float(chosen[n]), top))
