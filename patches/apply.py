@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.patches import safety
-from hf_paged.patches.attention import bind
+from hf_paged.patches.attention import bind, is_bound
 from hf_paged.patches.instance import InstancePatch
 from hf_paged.patches.registry import PatchSpec
 
@@ -108,8 +108,8 @@ def apply(model: nn.Module, spec: PatchSpec) -> AppliedPatch:
         spec: from `registry.find(model)`.
 
     Raises:
-        UnsupportedModelError: the model has no attention layers.
-        RuntimeError: a layer is already bound, by this model or another one that shares it.
+        UnsupportedModelError: the model has no attention layers, or one is patched already (this model is
+            enabled, or another enabled model shares the layer).
     """
     layers = spec.find_attention_layers(model)
     if not layers:
@@ -118,6 +118,11 @@ def apply(model: nn.Module, spec: PatchSpec) -> AppliedPatch:
     applied = AppliedPatch(model, spec, layers, owner)
     try:
         for number, layer in enumerate(layers):
+            if is_bound(layer):
+                raise UnsupportedModelError(
+                    f"attention layer {number} of this {type(model).__name__} is already patched: "
+                    "it is enabled, or shares its layers with another enabled model"
+                )
             patch = InstancePatch(layer)
             applied._patches.append(patch)
             applied._forwards[id(layer)] = bind(patch, layer, number, owner, spec.paged_forward)

@@ -22,7 +22,7 @@ from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.patches.instance import InstancePatch
 from hf_paged.step import StepInputs, current_step
 
-__all__ = ["attend", "bind", "bind_step_forward", "forward_slot"]
+__all__ = ["attend", "bind", "bind_step_forward", "forward_slot", "is_bound"]
 
 
 def attend(
@@ -115,6 +115,11 @@ def bind_step_forward(
     forward.hf_paged_before = before  # type: ignore[attr-defined]
     patch.set(slot, forward)
     return forward
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether the module carries one of our forwards that has not been taken back."""
+    return hasattr(vars(module).get(forward_slot(module)), "hf_paged_before")
 
 
 def forward_slot(module: nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_paged.patches.attention import attend
-from hf_paged.patches.registry import AttentionShape, PatchSpec, register
+from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
 _MODELING = "transformers.models.gpt2.modeling_gpt2"
@@ -32,8 +32,16 @@ def paged_forward(
     return module.resid_dropout(output), None
 
 
+def structure(model: Any) -> list[tuple[nn.Module, str]]:
+    transformer = unwrapped(model.transformer)
+    parts = [(model, "GPT2LMHeadModel"), (transformer, "GPT2Model")]
+    for block in map(unwrapped, transformer.h):
+        parts += [(block, "GPT2Block"), (unwrapped(block.attn), "GPT2Attention")]
+    return [(module, f"{_MODELING}.{name}") for module, name in parts]
+
+
 def find_attention_layers(model: Any) -> list[nn.Module]:
-    return [block.attn for block in model.transformer.h]
+    return [unwrapped(block.attn) for block in model.transformer.h]
 
 
 def attention_shape(module: Any) -> AttentionShape:
@@ -54,9 +62,7 @@ register(
     PatchSpec(
         model_types=("gpt2",),
         model_class=f"{_MODELING}.GPT2LMHeadModel",
-        trusted_classes=tuple(
-            f"{_MODELING}.{name}" for name in ("GPT2LMHeadModel", "GPT2Model", "GPT2Block", "GPT2Attention")
-        ),
+        structure=structure,
         find_attention_layers=find_attention_layers,
         attention_shape=attention_shape,
         paged_forward=paged_forward,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_paged.patches.attention import attend
-from hf_paged.patches.registry import AttentionShape, PatchSpec, register
+from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
 _MODELING = "transformers.models.gpt_bigcode.modeling_gpt_bigcode"
@@ -34,8 +34,16 @@ def paged_forward(
     return module.resid_dropout(output), None
 
 
+def structure(model: Any) -> list[tuple[nn.Module, str]]:
+    transformer = unwrapped(model.transformer)
+    parts = [(model, "GPTBigCodeForCausalLM"), (transformer, "GPTBigCodeModel")]
+    for block in map(unwrapped, transformer.h):
+        parts += [(block, "GPTBigCodeBlock"), (unwrapped(block.attn), "GPTBigCodeAttention")]
+    return [(module, f"{_MODELING}.{name}") for module, name in parts]
+
+
 def find_attention_layers(model: Any) -> list[nn.Module]:
-    return [block.attn for block in model.transformer.h]
+    return [unwrapped(block.attn) for block in model.transformer.h]
 
 
 def attention_shape(module: Any) -> AttentionShape:
@@ -56,10 +64,7 @@ register(
     PatchSpec(
         model_types=("gpt_bigcode",),
         model_class=f"{_MODELING}.GPTBigCodeForCausalLM",
-        trusted_classes=tuple(
-            f"{_MODELING}.{name}"
-            for name in ("GPTBigCodeForCausalLM", "GPTBigCodeModel", "GPTBigCodeBlock", "GPTBigCodeAttention")
-        ),
+        structure=structure,
         find_attention_layers=find_attention_layers,
         attention_shape=attention_shape,
         paged_forward=paged_forward,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_paged.patches.attention import attend
-from hf_paged.patches.registry import AttentionShape, PatchSpec, register
+from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
 _MODELING = "transformers.models.llama.modeling_llama"
@@ -38,8 +38,21 @@ def paged_forward(
     return module.o_proj(attend(step, layer, query[0], key[0], value[0], module.scaling)), None
 
 
+def structure(model: Any) -> list[tuple[nn.Module, str]]:
+    decoder = unwrapped(model.model)
+    parts = [
+        (model, "LlamaForCausalLM"),
+        (decoder, "LlamaModel"),
+        (decoder.rotary_emb, "LlamaRotaryEmbedding"),
+    ]
+    for block in map(unwrapped, decoder.layers):
+        parts += [(block, "LlamaDecoderLayer"), (unwrapped(block.self_attn), "LlamaAttention")]
+    return [(module, f"{_MODELING}.{name}") for module, name in parts]
+
+
 def find_attention_layers(model: Any) -> list[nn.Module]:
-    return [layer.self_attn for layer in model.model.layers[: model.config.num_hidden_layers]]
+    # Upstream runs the first `num_hidden_layers` of the layers it has.
+    return [unwrapped(block.self_attn) for block in model.model.layers[: model.config.num_hidden_layers]]
 
 
 def attention_shape(module: Any) -> AttentionShape:
@@ -71,16 +84,7 @@ register(
     PatchSpec(
         model_types=("llama",),
         model_class=f"{_MODELING}.LlamaForCausalLM",
-        trusted_classes=tuple(
-            f"{_MODELING}.{name}"
-            for name in (
-                "LlamaForCausalLM",
-                "LlamaModel",
-                "LlamaDecoderLayer",
-                "LlamaAttention",
-                "LlamaRotaryEmbedding",
-            )
-        ),
+        structure=structure,
         find_attention_layers=find_attention_layers,
         attention_shape=attention_shape,
         paged_forward=paged_forward,

@@ -20,10 +20,12 @@ from hf_paged.errors import UnsupportedModelError
 __all__ = [
     "AttentionShape",
     "PatchSpec",
-    "class_override_reason",
+    "class_reason",
     "find",
+    "override_reason",
     "register",
     "supported_model_types",
+    "unwrapped",
 ]
 
 
@@ -39,27 +41,20 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class PatchSpec:
-    """One model family.
-
-    `model_class` and `trusted_classes` are "module.ClassName" strings: comparing names needs no import of
-    modeling code.
-    """
+    """One model family. Classes are "module.ClassName" strings: comparing names needs no modeling code."""
 
     model_types: tuple[str, ...]
     model_class: str  # a causal LM with a head; subclasses are supported if they keep its forward
-    #: Classes whose forward the packed step relies on; a subclass that overrides one of them is refused.
-    trusted_classes: tuple[str, ...]
+    #: model -> the modules whose forward the packed step relies on, each with the class it must descend from
+    structure: Callable[[Any], list[tuple[nn.Module, str]]]
     find_attention_layers: Callable[[Any], list[nn.Module]]  # model -> modules in KV-layer order
     attention_shape: Callable[[Any], AttentionShape]  # attention module -> its shape, read live
-    #: (attention module, StepInputs, layer number, *args, **kwargs of its forward) -> what its forward
-    #: returns
+    #: (attention module, StepInputs, layer number, *args, **kwargs of its forward) -> what that forward returns
     paged_forward: Callable[..., Any]
     check: Callable[[Any], str | None]  # model -> why this variant cannot run natively, or None
     position_limit: Callable[[Any], int | None]  # model -> positions it has (learned embeddings), or None
     rope_limit: Callable[[Any], int | None]  # model -> longest sequence for which packing is exact, or None
-    attention_dropout: Callable[
-        [Any], float
-    ]  # attention module -> probability that is active in training mode
+    attention_dropout: Callable[[Any], float]  # attention module -> probability active in training mode
 
 
 #: Qualified class -> module that registers its spec.
@@ -114,30 +109,42 @@ def find(model: Any) -> PatchSpec:
     )
 
 
-def override_reason(model: nn.Module, spec: PatchSpec) -> str | None:
-    """Which class in `model` has another forward than the family's, or None."""
-    for cls in {type(module) for module in model.modules()}:
-        reason = class_override_reason(cls, cls.forward, spec.trusted_classes)
+def unwrapped(module: Any) -> Any:
+    """The module inside `torch.compile` and FSDP wrappers around a part of a model."""
+    while True:
+        inner = vars(module).get("_modules", {})
+        name = next((name for name in ("_orig_mod", "_fsdp_wrapped_module") if name in inner), None)
+        if name is None:
+            return module
+        module = inner[name]
+
+
+def override_reason(model: Any, spec: PatchSpec) -> str | None:
+    """Which part of `model` is not the family's own, or None."""
+    for module, name in spec.structure(model):
+        cls = type(module)
+        reason = class_reason(cls, getattr(cls, "forward", None), name)
         if reason is not None:
             return reason
+    layers = spec.find_attention_layers(model)
+    if len({id(layer) for layer in layers}) < len(layers):
+        return "several layers share one attention module"
     return None
 
 
 @functools.lru_cache(maxsize=1024)
-def class_override_reason(
-    cls: type, forward: Callable[..., Any], trusted_classes: tuple[str, ...]
-) -> str | None:
-    """Why `forward`, the one `cls` has now, is not that of the trusted class it descends from; None if it is.
+def class_reason(cls: type, forward: Callable[..., Any] | None, trusted: str) -> str | None:
+    """Why instances of `cls`, whose forward is `forward` at the moment, cannot stand for the class `trusted`.
 
     A forward that was replaced on the trusted class itself (by a process-wide monkey patch) counts too: its
-    `__module__` is not that of the class. `forward` is an argument so that the cached answer is of one
-    moment.
+    `__module__` is not that of the class.
     """
-    base = next((base for base in cls.__mro__ if qualified_name(base) in trusted_classes), None)
+    base = next((base for base in cls.__mro__ if qualified_name(base) == trusted), None)
     if base is None:
-        return None
+        return f"{qualified_name(cls)} stands in place of {trusted.rpartition('.')[2]}"
     if forward is not base.__dict__.get("forward"):
         return f"{cls.__name__} overrides the forward of {base.__name__}"
-    if forward.__module__ != base.__module__:
-        return f"the forward of {base.__name__} was replaced by one from {forward.__module__!r}"
+    if forward is None or forward.__module__ != base.__module__:
+        source = getattr(forward, "__module__", None)
+        return f"the forward of {base.__name__} was replaced by one from {source!r}"
     return None

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.dropout import _DropoutNd
 
-from hf_paged.patches.registry import PatchSpec, class_override_reason
+from hf_paged.patches.registry import PatchSpec, override_reason
 
 __all__ = ["find_reasons"]
 
@@ -82,10 +82,9 @@ def find_reasons(
     variant = spec.check(model)
     if variant is not None:
         walk.add("unsupported_variant", variant)
-    for cls in walk.classes:
-        overridden = class_override_reason(cls, cls.forward, spec.trusted_classes)
-        if overridden is not None:
-            walk.add("class_forward_replaced", overridden)
+    overridden = override_reason(model, spec)
+    if overridden is not None:
+        walk.add("class_forward_replaced", overridden)
     now = spec.find_attention_layers(model)
     if len(now) != len(layers) or any(a is not b() for a, b in zip(now, layers, strict=True)):
         walk.add(
