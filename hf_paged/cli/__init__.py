@@ -1,0 +1,1 @@
+"""The `hf-paged` command."""

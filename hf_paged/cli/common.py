@@ -1,0 +1,63 @@
+"""What the commands share: errors in one line, lists in one option."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+
+def fail(message: object) -> NoReturn:
+    """One line on standard error, exit code 2: what the user asked for cannot be done."""
+    typer.echo(f"error: {' '.join(str(message).split())}", err=True)
+    raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns a ValueError, which is how the library refuses an argument, into `fail`."""
+    try:
+        yield
+    except ValueError as error:
+        fail(error)
+
+
+def split_names(value: str) -> tuple[str, ...]:
+    """ "a,b" as ("a", "b")."""
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def split_ints(option: str, value: str) -> tuple[int, ...]:
+    """ "4,8" as (4, 8).
+
+    Raises:
+        ValueError: a part is no positive int.
+    """
+    parts = split_names(value)
+    if not parts or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise ValueError(f"{option}={value!r}: must be positive numbers with commas between them")
+    return tuple(int(p) for p in parts)
+
+
+def writable(path: Path | None) -> Path | None:
+    """`path`, checked before minutes of work are done for it.
+
+    Raises:
+        ValueError: its folder does not exist, or it is a folder.
+    """
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise ValueError(f"cannot write {path}: it must name a file in a folder that exists")
+    return path
+
+
+def quiet_libraries() -> None:
+    """Keeps upstream's hints out of tables; errors still show."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("hf_paged").setLevel(logging.WARNING)

@@ -1,0 +1,26 @@
+"""`hf-paged`: the commands, one file each. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import typer
+
+from hf_paged.cli.bench import bench
+from hf_paged.cli.compare import compare
+from hf_paged.cli.env import env
+from hf_paged.cli.generate import generate
+
+app = typer.Typer(
+    name="hf-paged",
+    help="Paged KV cache and continuous batching for HuggingFace Transformers models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(compare)
+app.command()(bench)
+app.command()(generate)
+app.command()(env)
+
+
+if __name__ == "__main__":
+    app()
