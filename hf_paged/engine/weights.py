@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _optimizer_steps = 0
 _hook_lock = threading.Lock()
@@ -27,7 +28,7 @@ def watch_optimizers() -> None:
     global _hook_installed
     with _hook_lock:
         if not _hook_installed:
-            torch.optim.optimizer.register_optimizer_step_post_hook(_count_step)
+            register_optimizer_step_post_hook(_count_step)
             _hook_installed = True
 
 
