@@ -1,0 +1,1 @@
+"""What `generate()` promises, served by the engine: preparation, fallbacks, results."""

@@ -1,0 +1,169 @@
+"""`model.generate()` of an enabled model: prepared by upstream, decoded by the engine or else by upstream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+from hf_paged.generation.checks import early_reasons, late_reasons
+from hf_paged.generation.fallback import Explanation, FallbackReason, reason, report_fallback
+from hf_paged.generation.outputs import assemble, num_steps
+from hf_paged.generation.prepared import Prepared, argument, prepare
+from hf_paged.generation.quiet import quiet
+from hf_paged.generation.requests import build_call
+from hf_paged.generation.returned_cache import fill_pending
+from hf_paged.generation.view import GenerativeModel, HubDecodingMode, make_view
+
+if TYPE_CHECKING:
+    from hf_paged.engine.engine import PagedEngine
+
+#: Arguments that act while upstream prepares, so that a preparation made only to be looked at must not see
+#: them.
+_ACTIVE_ARGUMENTS = ("streamer", "custom_generate")
+#: What users give by position.
+_POSITIONAL = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+)
+#: Early reasons after which upstream's preparation is not the one that would run, or does work of its own.
+_NO_PREPARATION = frozenset({"foreign_generate", "custom_generate", "token_healing", "cache_implementation"})
+
+
+def paged_generate(
+    model: GenerativeModel, replaced: Any, engine: PagedEngine, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Serves `model.generate(*args, **kwargs)`.
+
+    Args:
+        model: the enabled model.
+        replaced: the `generate` the instance had before it was enabled; None where it had the one of its
+            class. engine: the engine of `model`. args, kwargs: as the user gave them.
+
+    Returns:
+        What the original returns: [rows, length] int64 or a `ModelOutput`.
+
+    Raises:
+        FallbackError: the call has a reason to fall back and `fallback="error"`; nothing ran then.
+        Exception: whatever upstream raises for these arguments.
+    """
+    original = replaced if replaced is not None else type(model).generate.__get__(model)
+    if is_ours(argument(model, args, kwargs, "custom_generate")):
+        return original(*args, **kwargs)  # it comes back through `custom_generate`
+    reasons = early_reasons(model, replaced, engine, args, kwargs)
+    if reasons:
+        if engine.config.fallback == "error":
+            reasons += _reasons_after(model, engine, reasons, args, kwargs)
+        report_fallback(engine, reasons)
+        return original(*args, **kwargs)
+
+    def decode(method: str, /, *loop_args: Any, **loop_kwargs: Any) -> Any:
+        return _decode(model, engine, Prepared.of(method, *loop_args, **loop_kwargs))
+
+    view = make_view(model, decode)
+    try:
+        return type(view).generate(view, *args, **kwargs)
+    except HubDecodingMode as mode:
+        report_fallback(engine, [reason("hub_decoding", str(mode))])
+        return original(*args, **kwargs)
+
+
+def custom_generate(
+    model: GenerativeModel, engine: PagedEngine, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Serves a decoding loop for `generate(..., custom_generate=hf_paged.generate)`.
+
+    Args:
+        args, kwargs: what upstream hands a custom function, without the model.
+
+    Raises:
+        ValueError: the mode has no decoding loop in transformers.
+    """
+    config = kwargs["generation_config"]
+    method = GENERATION_MODES_MAPPING[config.get_generation_mode()]
+    if "/" in method:
+        raise ValueError(f"custom_generate=hf_paged.generate: this decoding mode lives on the hub ({method})")
+    prepared = Prepared.of(method, *args, **kwargs)
+    early = early_reasons(model, None, engine, (), {})
+    return _decode(model, engine, prepared, early)
+
+
+def explain_call(
+    model: GenerativeModel, engine: PagedEngine, kwargs: Mapping[str, Any], replaced: Any = None
+) -> Explanation:
+    """Whether `model.generate(**kwargs)` would be native, and all reasons why not.
+
+    Runs upstream's preparation silently: no warning, no streamer, no random number, no counter.
+
+    Args:
+        replaced: the `generate` the instance had before it was enabled; None where it had its class's.
+
+    Raises:
+        Exception: whatever upstream raises while it prepares these arguments.
+    """
+    given = dict(kwargs)
+    if is_ours(given.get("custom_generate")):
+        del given["custom_generate"]
+    reasons = early_reasons(model, replaced, engine, (), given)
+    reasons += _reasons_after(model, engine, reasons, (), given)
+    return Explanation(not reasons, tuple(dict.fromkeys(reasons)))
+
+
+def is_ours(function: Any) -> bool:
+    """Whether `function` is `hf_paged.generate`."""
+    name = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
+    return name == ("hf_paged.api", "generate")
+
+
+def _decode(
+    model: GenerativeModel, engine: PagedEngine, prepared: Prepared, early: Sequence[FallbackReason] = ()
+) -> Any:
+    reasons = [*early, *late_reasons(model, engine, prepared)]
+    if reasons:
+        report_fallback(engine, reasons)
+        return prepared.run_upstream(model)
+    return _run(engine, prepared)
+
+
+def _run(engine: PagedEngine, prepared: Prepared) -> Any:
+    fill_pending(engine)
+    wants_outputs = bool(prepared.config.return_dict_in_generate)
+    call = build_call(engine, prepared, keep_kv=wants_outputs, run_on=wants_outputs)
+    engine.count_native()
+    try:
+        engine.run(call)
+        return assemble(engine, prepared, call)
+    except BaseException:
+        if wants_outputs:
+            engine.release_kv(call)
+        raise
+    finally:
+        draws = call.sampling.draws
+        if draws is not None:
+            draws.finish(num_steps(call))
+
+
+def _reasons_after(
+    model: GenerativeModel,
+    engine: PagedEngine,
+    early: Sequence[FallbackReason],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> list[FallbackReason]:
+    """The late reasons of a call that is not to run, those of `early` left out."""
+    codes = {r.code for r in early}
+    if codes & _NO_PREPARATION or "disabled" in codes:
+        return []
+    if args:
+        kwargs = {n: argument(model, args, kwargs, n) for n in _POSITIONAL} | dict(kwargs)
+    looked_at = {name: value for name, value in kwargs.items() if name not in _ACTIVE_ARGUMENTS}
+    try:
+        with quiet():
+            prepared = prepare(model, (), looked_at)
+    except HubDecodingMode as mode:
+        return [reason("hub_decoding", str(mode))]
+    return [r for r in late_reasons(model, engine, prepared) if r.code not in codes]

@@ -1,0 +1,252 @@
+"""Which reasons a call has to fall back: early ones, known before anything ran, and late ones, after it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from hf_paged.engine import sampling
+from hf_paged.generation.fallback import FallbackReason, reason
+from hf_paged.generation.prepared import Prepared, argument
+from hf_paged.generation.view import DECODING_METHODS, GenerativeModel
+from hf_paged.step import current_step
+
+if TYPE_CHECKING:
+    from hf_paged.engine.engine import PagedEngine
+
+#: Fields of `GenerationConfig` whose meaning for `_sample` is known and respected: natively, by a reason
+#: below, or because they only act through the processors and criteria that upstream builds of them.
+KNOWN_OPTIONS = frozenset(
+    """
+    max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings
+    do_sample num_beams use_mtp use_cache cache_implementation cache_config max_cache_len
+    temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
+    encoder_repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids renormalize_logits
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens sequence_bias token_healing guidance_scale
+    watermarking_config num_return_sequences output_attentions output_hidden_states output_scores
+    output_logits return_dict_in_generate pad_token_id bos_token_id eos_token_id
+    encoder_no_repeat_ngram_size decoder_start_token_id is_assistant num_assistant_tokens
+    num_assistant_tokens_schedule assistant_confidence_threshold prompt_lookup_num_tokens
+    max_matching_ngram_size assistant_early_exit assistant_lookbehind target_lookbehind
+    assistant_ensemble_weight speculation_type compile_config disable_compile
+    continuous_batching_config low_memory penalty_alpha dola_layers diversity_penalty
+    num_beam_groups constraints force_words_ids prefill_chunk_size transformers_version
+    """.split()  # noqa: SIM905 - eighty names read better without quotes
+)
+
+#: Methods the decoding loop calls on the model; one that is not upstream's own may do anything.
+_LOOP_METHODS = (
+    *DECODING_METHODS,
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_prefill",
+    "_has_unfinished_sequences",
+)
+
+_METHOD_REASONS = {"_beam_search": "beam_search", "_assisted_decoding": "assisted_decoding"}
+_LOOP_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+
+
+def early_reasons(
+    model: GenerativeModel, replaced: Any, engine: PagedEngine, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[FallbackReason]:
+    """Reasons that are plain before upstream's preparation runs, which may touch a streamer or a hub."""
+    if os.environ.get("HF_PAGED_DISABLE", "").lower() not in ("", "0", "false", "no"):
+        return [reason("disabled")]
+    found = [FallbackReason(code, text) for code, text in engine.patch.reasons()]
+    if replaced is not None:
+        found.append(reason("foreign_generate"))
+    found.extend(reason("decoding_overridden", name) for name in _overridden(model))
+    if current_step() is not None:
+        found.append(reason("nested"))
+
+    def given(name: str) -> Any:
+        return argument(model, args, kwargs, name)
+
+    if given("custom_generate") is not None:
+        found.append(reason("custom_generate"))
+    if given("streamer") is not None:
+        found.append(reason("streamer"))
+    if given("synced_gpus"):
+        found.append(reason("synced_gpus"))
+    if given("assistant_model") is not None:
+        found.append(reason("assisted_decoding", "assistant_model"))
+    if given("negative_prompt_ids") is not None or given("negative_prompt_attention_mask") is not None:
+        found.append(reason("negative_prompt"))
+    # A cache of the user's is filled in place, even one that is empty.
+    if given("past_key_values") is not None:
+        found.append(reason("past_key_values"))
+    # Healing calls generate itself; "paged" is rerouted before any decoding loop.
+    healing, cache = (_option(model, kwargs, given, n) for n in ("token_healing", "cache_implementation"))
+    if healing:
+        found.append(reason("token_healing"))
+    if cache == "paged":
+        found.append(reason("cache_implementation", "'paged'"))
+    return found
+
+
+def _option(model: GenerativeModel, kwargs: Mapping[str, Any], given: Any, name: str) -> Any:
+    """A generation option as upstream will merge it: keyword, then config given, then the model's config."""
+    for value in (
+        kwargs.get(name),
+        getattr(given("generation_config"), name, None),
+        getattr(getattr(model, "generation_config", None), name, None),
+    ):
+        if value is not None:
+            return value
+    return None
+
+
+def _overridden(model: GenerativeModel) -> Iterator[str]:
+    for name in _LOOP_METHODS:
+        if name in model.__dict__:
+            yield name
+            continue
+        method = getattr(type(model), name, None)
+        if method is not None and not method.__module__.startswith("transformers."):
+            yield name
+
+
+def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared) -> list[FallbackReason]:
+    """All reasons of a prepared call; empty when the engine serves it."""
+    if prepared.method != "_sample":
+        return [reason(_METHOD_REASONS.get(prepared.method, "decoding_overridden"), prepared.method)]
+    found = [*_mode_reasons(prepared), *_option_reasons(prepared), *_kwargs_reasons(prepared)]
+    inputs = [*_input_reasons(engine, model, prepared)]
+    found += inputs
+    if (text := sampling.unsupported(prepared.processors, prepared.criteria)) is not None:
+        found.append(reason("processors", text))
+    if not inputs:
+        found += _length_reasons(engine, prepared)
+    return found
+
+
+def _mode_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
+    if prepared.streamer is not None:
+        yield reason("streamer")
+    if prepared.synced_gpus:
+        yield reason("synced_gpus")
+    if prepared.config.is_assistant:
+        yield reason("is_assistant")
+
+
+def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
+    config = prepared.config
+    if not prepared.model_kwargs.get("use_cache", config.use_cache):
+        yield reason("use_cache")
+    if config.cache_implementation not in (None, "dynamic"):
+        yield reason("cache_implementation", repr(config.cache_implementation))
+    for name in ("cache_config", "max_cache_len"):
+        if getattr(config, name, None) is not None:
+            yield reason("cache_implementation", name)
+    if config.compile_config is not None:
+        yield reason("compile_config")
+    chunk = config.prefill_chunk_size
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        yield reason("prefill_chunk_size", repr(chunk))
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name):
+            yield reason(name)
+    for name in _installed_options() - KNOWN_OPTIONS:
+        if getattr(config, name, None) is not None:
+            yield reason("unknown_option", name)
+
+
+def _installed_options() -> frozenset[str]:
+    global _installed
+    if _installed is None:
+        _installed = frozenset(n for n in vars(GenerationConfig()) if not n.startswith("_"))
+    return _installed
+
+
+_installed: frozenset[str] | None = None
+
+
+def _kwargs_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
+    kwargs = prepared.model_kwargs
+    cache = kwargs.get("past_key_values")
+    if cache is not None and (
+        type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.get_seq_length()
+    ):
+        yield reason("past_key_values")
+    if kwargs.get("inputs_embeds") is not None:
+        yield reason("inputs_embeds")
+    # An int only says how many positions get logits, of which the loop reads the last.
+    if not isinstance(kwargs.get("logits_to_keep", 0), int):
+        yield reason("model_kwargs", "logits_to_keep")
+    for name in sorted(kwargs.keys() - _LOOP_KWARGS - {"inputs_embeds"}):
+        if kwargs[name] is not None:
+            yield reason("model_kwargs", name)
+
+
+def _input_reasons(
+    engine: PagedEngine, model: GenerativeModel, prepared: Prepared
+) -> Iterator[FallbackReason]:
+    ids = prepared.input_ids
+    if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
+        yield reason("input_ids", f"{ids.dtype}, {tuple(ids.shape)}")
+        return
+    if ids.device != model.device:
+        yield reason("input_device", f"{ids.device}, not {model.device}")
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= engine.vocab_size:
+        yield reason("token_range", f"{low if low < 0 else high}, vocabulary of {engine.vocab_size}")
+    pad = prepared.config._pad_token_tensor
+    # Upstream feeds pads to the model for rows that finish before others.
+    if pad is not None and len(ids) > 1 and not 0 <= int(pad) < engine.vocab_size:
+        yield reason("token_range", f"pad_token_id={int(pad)}")
+    mask = prepared.attention_mask
+    if mask is not None and not is_left_padding(mask, ids):
+        yield reason("attention_mask")
+    elif not _usual_positions(prepared.model_kwargs.get("position_ids"), mask, ids):
+        yield reason("position_ids")
+
+
+def is_left_padding(mask: Tensor, input_ids: Tensor) -> bool:
+    """Whether each row of `mask` is zeros, then at least one one, and nothing else."""
+    if mask.shape != input_ids.shape or mask.is_complex():
+        return False
+    ones = mask == 1
+    if not bool((ones | (mask == 0)).all()) or not bool(ones[:, -1].all()):
+        return False
+    return bool((ones[:, 1:] | ~ones[:, :-1]).all())
+
+
+def _usual_positions(positions: Tensor | None, mask: Tensor | None, input_ids: Tensor) -> bool:
+    if positions is None:
+        return True
+    if mask is None:
+        expected = torch.arange(input_ids.shape[1], device=positions.device).expand(positions.shape[0], -1)
+    else:
+        expected = (mask.long().cumsum(-1) - 1).clamp_min(0).to(positions.device)
+    return positions.shape == expected.shape and bool((positions == expected).all())
+
+
+def _length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[FallbackReason]:
+    limit = prepared.max_length
+    if limit is None or not math.isfinite(limit):
+        yield reason("no_length_limit")
+        return
+    longest = int(num_prompt_tokens(prepared).max())
+    # The last token made is never fed back: it needs no position.
+    positions = longest + prepared.max_new_tokens - 1
+    for code, most in (("position_limit", engine.position_limit), ("rope_limit", engine.rope_limit)):
+        if most is not None and positions > most:
+            yield reason(code, f"{positions} positions, limit {most}")
+    if (capacity := engine.capacity_tokens()) < longest + prepared.max_new_tokens:
+        yield reason("kv_budget", f"{longest + prepared.max_new_tokens} tokens, room for {capacity}")
+
+
+def num_prompt_tokens(prepared: Prepared) -> Tensor:
+    """Prompt tokens of each row, pads not counted, [rows] int64."""
+    mask, ids = prepared.attention_mask, prepared.input_ids
+    if mask is None:
+        return torch.full((len(ids),), ids.shape[1], device=ids.device)
+    return (mask == 1).sum(-1)

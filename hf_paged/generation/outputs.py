@@ -1,0 +1,57 @@
+"""From a finished engine `Call` back to what `generate()` returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from hf_paged.generation.prepared import Prepared
+from hf_paged.generation.requests import pad_token_id
+from hf_paged.generation.returned_cache import UnfilledCache
+
+if TYPE_CHECKING:
+    from hf_paged.engine.engine import PagedEngine
+    from hf_paged.engine.request import Call
+
+
+def num_steps(call: Call) -> int:
+    """Steps upstream's loop would have made: those of the longest row."""
+    return max(s.num_generated if s.num_kept is None else s.num_kept for s in call.sequences)
+
+
+def sequences_tensor(prepared: Prepared, call: Call) -> Tensor:
+    """Padded prompts, new tokens, and pads to the longest row: [rows, padded length + steps] int64."""
+    steps, pad = num_steps(call), pad_token_id(prepared)
+    rows = []
+    for sequence in call.sequences:
+        new = sequence.token_ids[sequence.prompt_len : sequence.prompt_len + steps]
+        if len(new) < steps:
+            assert pad is not None, "a row ended before the others, and there is nothing to fill it with"
+            new += [pad] * (steps - len(new))
+        rows.append(new)
+    ids = prepared.input_ids
+    return torch.cat([ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device)], dim=-1)
+
+
+def assemble(engine: PagedEngine, prepared: Prepared, call: Call) -> Tensor | GenerateDecoderOnlyOutput:
+    """What upstream's `_sample` returns for the same call."""
+    sequences = sequences_tensor(prepared, call)
+    config = prepared.config
+    if not config.return_dict_in_generate:
+        return sequences
+    cache = prepared.model_kwargs.get("past_key_values")
+    spec = call.sampling
+    fields: dict[str, Any] = {
+        "sequences": sequences,
+        "scores": _on(spec.take_scores(), sequences.device) if config.output_scores else None,
+        "logits": _on(spec.take_logits(), sequences.device) if config.output_logits else None,
+        "past_key_values": None if cache is None else UnfilledCache(cache, engine, call),
+    }
+    return GenerateDecoderOnlyOutput(**fields)
+
+
+def _on(steps: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(step.to(device) for step in steps)

@@ -1,0 +1,100 @@
+"""What upstream's preparation makes of a call to `generate()`, and running that preparation alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from hf_paged.generation.view import GenerativeModel, make_view
+
+#: What every decoding loop takes, in order.
+_LOOP_ARGUMENTS = (
+    "input_ids",
+    "logits_processor",
+    "stopping_criteria",
+    "generation_config",
+    "synced_gpus",
+    "streamer",
+)
+
+
+@dataclass
+class Prepared:
+    """The arguments of a decoding loop, as upstream hands them over: validated, merged and expanded."""
+
+    method: str  # the loop: "_sample", "_beam_search", ...
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    input_ids: Tensor  # [rows, padded length], `num_return_sequences` expanded
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    synced_gpus: bool
+    streamer: Any
+    model_kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, method: str, *args: Any, **kwargs: Any) -> Prepared:
+        """Sorts the arguments of a decoding loop."""
+        rest = dict(kwargs)
+        named = dict(zip(_LOOP_ARGUMENTS, args, strict=False))
+        named |= {name: rest.pop(name) for name in _LOOP_ARGUMENTS if name in rest}
+        return cls(
+            method,
+            args,
+            kwargs,
+            named["input_ids"],
+            named["logits_processor"],
+            named["stopping_criteria"],
+            named["generation_config"],
+            bool(named.get("synced_gpus", False)),
+            named.get("streamer"),
+            rest,
+        )
+
+    @property
+    def max_length(self) -> int | float | None:
+        """The length, pads included, at which every row ends; None without a limit."""
+        limits = [c.max_length for c in self.criteria if getattr(c, "max_length", None) is not None]
+        return min(limits, default=None)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens a row can get: upstream always makes one before it looks at the length."""
+        assert self.max_length is not None
+        return max(1, int(self.max_length) - self.input_ids.shape[1])
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        return self.model_kwargs.get("attention_mask")
+
+    def run_upstream(self, model: GenerativeModel) -> Any:
+        """The original decoding loop on the real model, with the very arguments it would have got."""
+        return getattr(type(model), self.method)(model, *self.args, **self.kwargs)
+
+
+def prepare(model: GenerativeModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Prepared:
+    """Runs upstream's preparation of `model.generate(*args, **kwargs)` and stops before the decoding loop.
+
+    Raises:
+        HubDecodingMode: the mode lives on the hub.
+        Exception: whatever upstream raises for these arguments.
+    """
+    view = make_view(model, Prepared.of)
+    return type(view).generate(view, *args, **kwargs)
+
+
+def argument(model: GenerativeModel, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """The value a call to `generate` gives the parameter `name`, or None; positional or by keyword."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    try:
+        bound = inspect.signature(type(model).generate).bind_partial(model, *args)
+    except TypeError:
+        return None  # upstream will say what is wrong with the arguments
+    return bound.arguments.get(name)
