@@ -1,7 +1,193 @@
-"""The CPU backend's functions, as `hf_paged.kernels.ops` asks for them."""
+"""The CPU backend: which path each op takes.
+
+    one to eight new tokens a sequence    numba rows over the blocks (`cpu_paged_decode`), each token a row of its own
+    longer queries                        torch's SDPA, a sequence at a time (`cpu_paged_prefill`)
+    longer queries, softcap or sinks      the reference
+    no numba, float16 without f16c        as longer queries
+    float64                               the reference (`ops` refuses it for this backend)
+
+Decode rows store their new keys and values in the launch that attends to them; all other tokens are stored before.
+"""
 
 from __future__ import annotations
 
-from hf_paged.kernels.reference import copy_blocks, paged_attention, store_kv
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_paged.kernels import reference
+from hf_paged.kernels.cpu_paged_prefill import LongQueries, attend_long_queries, group_long_queries
+from hf_paged.kernels.cpu_runtime import in_forked_child, kernel_module, num_bins, parallel_launch
+from hf_paged.kernels.metadata import PagedMetadata
+from hf_paged.kernels.reference import copy_blocks
 
 __all__ = ["copy_blocks", "paged_attention", "store_kv"]
+
+#: Queries up to this long are attended token by token.
+_MAX_ROW_QUERY = 8
+_NO_SINKS = np.empty(0, np.float32)
+
+
+def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See `hf_paged.kernels.ops.store_kv`."""
+    kernels = None if in_forked_child() else kernel_module("cpu_store_kv")
+    tag = _tag(k_cache.dtype)
+    if kernels is None or tag is None:
+        reference.store_kv(key, value, k_cache, v_cache, slot_mapping)
+        return
+    key, value = key.to(k_cache.dtype), value.to(k_cache.dtype)
+    bins = num_bins(4 * key.numel() * key.element_size())
+    with parallel_launch(bins):
+        kernels.store_rows_parallel(
+            bins, *_address(key), *_address(value), k_cache.data_ptr(), v_cache.data_ptr(),
+            k_cache.shape[2], k_cache.shape[3], slot_mapping.numpy(), tag,
+        )  # fmt: skip
+
+
+def paged_attention(
+    query: Tensor,  # [T, H, D]
+    key: Tensor,  # [T, H_kv, D]
+    value: Tensor,  # [T, H_kv, D]
+    k_cache: Tensor,  # [N, B, H_kv, D]
+    v_cache: Tensor,  # [N, B, H_kv, D]
+    metadata: PagedMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [H]
+) -> Tensor:
+    """See `hf_paged.kernels.ops.paged_attention`."""
+    tag = _tag(k_cache.dtype)
+    name = "cpu.sdpa" if tag is None else "cpu"
+    step = metadata.plan.get(name)
+    if step is None:
+        step = metadata.plan[name] = _Step.of(metadata, has_kernels=tag is not None)
+    if step.groups and (softcap is not None or sinks is not None):
+        return reference.paged_attention(
+            query, key, value, k_cache, v_cache, metadata,
+            scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+    if step.stored_from < key.shape[0]:
+        stored = slice(step.stored_from, None)
+        store_kv(key[stored], value[stored], k_cache, v_cache, metadata.slot_mapping[stored])
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if step.has_stray_tokens:
+        output.zero_()
+    if step.num_rows:
+        _attend_rows(step, query, key, value, k_cache, v_cache, output, scale, sliding_window, softcap, sinks)
+    if step.groups:
+        attend_long_queries(
+            query, key, value, k_cache, v_cache, metadata.block_tables, step.groups, output, step.masks, scale,
+            sliding_window,
+        )  # fmt: skip
+    return output
+
+
+@dataclass
+class _Step:
+    """What all layers of a step share: computed by the first, kept in the metadata's plan."""
+
+    rows: np.ndarray  # [R, 3] int32: token, sequence, keys it sees
+    num_rows: int
+    num_keys: int  # of all rows together
+    stored_from: int  # tokens from here on are stored before attention, those before by their rows
+    groups: list[LongQueries]
+    has_stray_tokens: bool  # tokens after those of the last sequence
+    block_tables: np.ndarray  # [S, M] int32
+    slot_mapping: np.ndarray  # [T] int64
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+    #: sliding window -> [R + 1] int64 prefix sum of tiles
+    starts: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, metadata: PagedMetadata, *, has_kernels: bool) -> _Step:
+        query_lens, seq_lens = metadata.query_lens_list, metadata.seq_lens_list
+        is_long = [not has_kernels or query_len > _MAX_ROW_QUERY for query_len in query_lens]
+        decodes = 0 if not has_kernels else metadata.num_decodes
+        tokens = np.arange(decodes, dtype=np.int32)
+        rows = [np.stack([tokens, tokens, np.asarray(seq_lens[:decodes], np.int32)], axis=1)]
+        token = decodes
+        for index in range(decodes if has_kernels else 0, metadata.num_seqs):
+            query_len, seq_len = query_lens[index], seq_lens[index]
+            if not is_long[index]:
+                first = seq_len - query_len + 1
+                rows.append(np.array([(token + i, index, first + i) for i in range(query_len)], np.int32).reshape(-1, 3))
+            token += query_len
+        only_decodes = len(rows) == 1 or all(len(part) == 0 for part in rows[1:])
+        table = np.concatenate(rows)
+        return cls(
+            rows=table,
+            num_rows=len(table),
+            num_keys=int(table[:, 2].sum()),
+            stored_from=decodes if only_decodes else 0,
+            groups=group_long_queries(query_lens, seq_lens, is_long),
+            has_stray_tokens=token < metadata.slot_mapping.shape[0],
+            block_tables=np.ascontiguousarray(metadata.block_tables.numpy()),
+            slot_mapping=np.ascontiguousarray(metadata.slot_mapping.numpy()),
+        )
+
+    def row_starts(self, window: int, tile: int) -> np.ndarray:
+        if window not in self.starts:
+            ends = self.rows[:, 2].astype(np.int64)
+            begins = np.maximum(0, ends - window) if window else np.zeros_like(ends)
+            tiles = np.maximum(1, -(-ends // tile) - begins // tile)
+            self.starts[window] = np.concatenate([np.zeros(1, np.int64), np.cumsum(tiles)])
+        return self.starts[window]
+
+
+def _attend_rows(
+    step: _Step,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    output: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    kernels = kernel_module("cpu_paged_decode")
+    dtype = k_cache.dtype
+    wide_query, wide_output = query, output
+    if query.dtype != dtype:
+        # The kernels know queries of the cache's dtype and of float32.
+        wide_query, wide_output = query.float(), torch.empty_like(output, dtype=torch.float32)
+    new_kv = (0, 0, 0, 0, 0, 0)
+    if step.stored_from:
+        key, value = key.to(dtype), value.to(dtype)
+        new_kv = (*_address(key), *_address(value))
+    _, block_size, kv_heads, head_size = k_cache.shape
+    window = sliding_window or 0
+    arguments = (
+        *_address(wide_query), *new_kv, wide_output.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        block_size, kv_heads, query.shape[1] // kv_heads, head_size,
+        step.rows, step.row_starts(window, kernels.TILE), step.block_tables, step.slot_mapping, window,
+        np.float32(scale), np.float32(softcap or 0.0), _NO_SINKS if sinks is None else sinks.float().numpy(),
+        _tag(wide_query.dtype), _tag(dtype),
+    )  # fmt: skip
+    if in_forked_child():
+        kernels.attend_rows(*arguments)
+    else:
+        bins = num_bins(2 * step.num_keys * kv_heads * head_size * k_cache.element_size())
+        with parallel_launch(bins):
+            kernels.attend_rows_parallel(bins, *arguments)
+    if wide_output is not output:
+        rows = torch.from_numpy(step.rows[:, 0].astype(np.int64))
+        output[rows] = wide_output[rows].to(output.dtype)
+
+
+def _address(tensor: Tensor) -> tuple[int, int, int]:
+    """Address, stride between tokens and stride between heads of [T, heads, D]."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _tag(dtype: torch.dtype) -> Any | None:
+    """How numba kernels are told of `dtype`; None where there are no kernels for it."""
+    module = kernel_module("cpu_jit")
+    return None if module is None else module.dtype_tag(dtype)

@@ -1,0 +1,94 @@
+"""How the CPU backend runs numba kernels beside torch: how many threads, one launch at a time, what holds after a fork.
+
+Three facts shape this file. Numba's OpenMP layer kills a forked child that enters it; its workqueue layer aborts when two
+threads launch at once; and torch's thread count is the user's wish. So a forked child stays on one thread (which needs no
+threading layer), parallel launches take turns, and each asks torch how many threads it may use.
+
+Importing this file does not import numba.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+__all__ = ["in_forked_child", "kernel_module", "num_bins", "parallel_launch"]
+
+#: Below this many bytes a thread, starting it costs more than it saves.
+_MIN_BYTES_PER_THREAD = 128 * 1024
+
+
+class _Process:
+    """What a forked child must not inherit."""
+
+    def __init__(self) -> None:
+        self.launch_lock = threading.Lock()
+        self.forked = False
+
+    def after_fork_in_child(self) -> None:
+        # Another thread of the parent may have held the lock: in the child nobody would release it.
+        self.launch_lock = threading.Lock()
+        self.forked = True
+
+
+_process = _Process()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_process.after_fork_in_child)
+
+
+def in_forked_child() -> bool:
+    """Whether parallel kernels must not run here, because this process is a fork of one that may have run them."""
+    return _process.forked
+
+
+@functools.cache
+def kernel_module(name: str) -> ModuleType | None:
+    """The module `hf_paged.kernels.<name>` of numba kernels, or None (and one warning) where numba cannot be imported."""
+    try:
+        importlib.import_module("numba")
+    except Exception as error:  # a numba that does not fit its numpy raises more than ImportError
+        _warn_numba(f"{type(error).__name__}: {error}")
+        return None
+    return importlib.import_module(f"hf_paged.kernels.{name}")
+
+
+@functools.cache
+def _warn_numba(reason: str) -> None:
+    message = f"numba cannot be imported ({reason}): attention on the CPU uses slower paths of torch"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def num_bins(work_bytes: int) -> int:
+    """Into how many parts, one a thread, to split work which reads and writes `work_bytes`."""
+    if work_bytes < 2 * _MIN_BYTES_PER_THREAD or _process.forked:
+        return 1
+    return max(1, min(work_bytes // _MIN_BYTES_PER_THREAD, torch.get_num_threads(), _numba_threads()))
+
+
+@contextmanager
+def parallel_launch(num_threads: int) -> Iterator[None]:
+    """Runs one parallel numba kernel on `num_threads` threads. The calling thread's numba setting is put back after."""
+    import numba
+
+    with _process.launch_lock:
+        before = numba.get_num_threads()
+        numba.set_num_threads(num_threads)
+        try:
+            yield
+        finally:
+            numba.set_num_threads(before)
+
+
+@functools.cache
+def _numba_threads() -> int:
+    import numba
+
+    return numba.config.NUMBA_NUM_THREADS
