@@ -102,7 +102,12 @@ def _bias_window(processor: Any) -> int:
 
 def _select_encoder_ids(held: list[tuple[Any, int]]) -> Callable[[Tensor, Tensor], Tensor]:
     merged = copy.copy(held[0][0])
-    merged.encoder_input_ids = torch.stack([processor.encoder_input_ids[row] for processor, row in held])
+    rows = [processor.encoder_input_ids[row] for processor, row in held]
+    width = max(len(ids) for ids in rows)
+    # Only the set of tokens counts: a short prompt repeats its last one.
+    merged.encoder_input_ids = torch.stack(
+        [torch.cat([ids, ids[-1:].expand(width - len(ids))]) if len(ids) < width else ids for ids in rows]
+    )
     return merged
 
 
@@ -165,7 +170,7 @@ _RULES: dict[type, Rule] = {
     ),
     upstream.WhisperTimeStampLogitsProcessor: HistoryRule(id, lambda p: None),
     upstream.EncoderRepetitionPenaltyLogitsProcessor: BatchRule(
-        lambda p: (p.penalty, p.encoder_input_ids.shape[1]),
+        _attributes("penalty"),
         lambda p: 0,
         lambda p: len(p.encoder_input_ids),
         _select_encoder_ids,
