@@ -69,7 +69,9 @@ def lost_by_resolving(obj: Any) -> str | None:
         attribute = next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
         if attribute is None:
             return None
-        if "peft.peft_model.PeftModel" in names and getattr(obj.active_peft_config, "is_prompt_learning", False):
+        if "peft.peft_model.PeftModel" in names and getattr(
+            obj.active_peft_config, "is_prompt_learning", False
+        ):
             return f"{obj.active_peft_config.peft_type} puts virtual tokens before each prompt"
         obj = getattr(obj, attribute)
     return None

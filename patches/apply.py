@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.patches import safety
-from hf_paged.patches.attention import bind, is_bound
+from hf_paged.patches.attention import bind, bind_step_forward, is_bound
+from hf_paged.patches.fused import find_fused
 from hf_paged.patches.instance import InstancePatch
 from hf_paged.patches.registry import PatchSpec
 
@@ -63,6 +64,11 @@ class AppliedPatch:
         if model is None:
             raise ReferenceError("the patched model is gone")
         return model
+
+    def _new_patch(self, module: nn.Module) -> InstancePatch:
+        patch = InstancePatch(module)
+        self._patches.append(patch)
+        return patch
 
     def layer_geometry(self) -> list[LayerGeometry]:
         """The KV geometry of every layer, in layer order, as the model is now."""
@@ -123,9 +129,12 @@ def apply(model: nn.Module, spec: PatchSpec) -> AppliedPatch:
                     f"attention layer {number} of this {type(model).__name__} is already patched: "
                     "it is enabled, or shares its layers with another enabled model"
                 )
-            patch = InstancePatch(layer)
-            applied._patches.append(patch)
+            patch = applied._new_patch(layer)
             applied._forwards[id(layer)] = bind(patch, layer, number, owner, spec.paged_forward)
+        for module, in_step in find_fused(model):
+            applied._forwards[id(module)] = bind_step_forward(
+                applied._new_patch(module), module, owner, in_step
+            )
     except BaseException:
         applied.revert()
         raise

@@ -111,12 +111,11 @@ def find(model: Any) -> PatchSpec:
 
 def unwrapped(module: Any) -> Any:
     """The module inside `torch.compile` and FSDP wrappers around a part of a model."""
-    while True:
-        inner = vars(module).get("_modules", {})
-        name = next((name for name in ("_orig_mod", "_fsdp_wrapped_module") if name in inner), None)
-        if name is None:
-            return module
-        module = inner[name]
+    children = module._modules
+    while "_orig_mod" in children or "_fsdp_wrapped_module" in children:
+        module = children["_orig_mod" if "_orig_mod" in children else "_fsdp_wrapped_module"]
+        children = module._modules
+    return module
 
 
 def override_reason(model: Any, spec: PatchSpec) -> str | None:

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.dropout import _DropoutNd
 
-from hf_paged.patches.registry import PatchSpec, override_reason
+from hf_paged.patches.registry import PatchSpec, override_reason, qualified_name
 
 __all__ = ["find_reasons"]
 
@@ -105,28 +105,37 @@ def find_reasons(
 
 def _walk_modules(model: nn.Module, forwards: dict[int, Callable[..., Any]]) -> _Walk:
     walk = _Walk()
-    seen = {id(model)}
+    classes, parameter_classes, devices = walk.classes, walk.parameter_classes, walk.devices
+    seen = {None, model}
     stack: list[nn.Module] = [model]
-    while stack:
-        module = stack.pop()
+    for module in stack:
         state = module.__dict__
-        walk.classes.add(type(module))
+        classes.add(type(module))
         if state.get("_forward_hooks") or state.get("_forward_pre_hooks"):
             _check_hooks(walk, module)
-        if "forward" in state or "_hf_hook" in state:
-            _check_forward(walk, module, state, forwards.get(id(module)))
-        if state.get("_compiled_call_impl") is not None or "_orig_mod" in state.get("_modules", ()):
-            walk.add("compiled_forward", f"{type(module).__name__} runs through torch.compile")
-        if state.get("training"):
+        forward = state.get("forward")
+        ours = forwards.get(id(module))
+        if (
+            "_hf_hook" in state
+            or forward is not ours
+            or (ours is not None and ours.hf_paged_before is not None)
+        ):
+            _check_forward(walk, module, state, ours)
+        if state.get("training"):  # script modules keep it elsewhere
             walk.training.append(module)
-        for parameter in state.get("_parameters", {}).values():
-            if parameter is not None:
-                walk.parameter_classes.add(type(parameter))
-                walk.devices.add(parameter.device)
-        for child in state.get("_modules", {}).values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                stack.append(child)
+        if state.get("_compiled_call_impl") is not None:
+            walk.add("compiled_forward", f"{type(module).__name__} runs through torch.compile")
+        if parameters := state["_parameters"]:
+            for parameter in parameters.values():
+                if parameter is not None:
+                    parameter_classes.add(type(parameter))
+                    devices.add(parameter.device)
+        if children := state["_modules"]:
+            new = [child for child in children.values() if child not in seen]
+            seen.update(new)
+            stack += new
+    if any(name.endswith(".OptimizedModule") for name in map(qualified_name, classes)):
+        walk.add("compiled_forward", "a part of the model runs through torch.compile")
     return walk
 
 

@@ -1,0 +1,64 @@
+"""Element-wise parts of a model as one call instead of several, inside a step of ours only.
+
+    NewGELUActivation  seven element-wise kernels   -> gelu(approximate="tanh"), the same formula
+    LlamaRMSNorm       six                          -> rms_norm
+
+In float32 both agree with the original to rounding; in half precision they round once instead of at each
+operation, so they are nearer to the exact result. Bound like attention: outside of a step, and wherever the class
+has another forward than the one known here, the module runs what it ran before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_paged.patches.attention import forward_slot
+from hf_paged.patches.registry import class_reason, qualified_name
+from hf_paged.step import StepInputs
+
+__all__ = ["find_fused"]
+
+
+def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The modules of `model` that have a fused form, each with the function to run in a step."""
+    found = []
+    for module in model.modules():
+        cls = type(module)
+        name = qualified_name(cls)
+        fused = _FUSED.get(name)
+        # A forward somebody put on the instance is theirs to keep, in a step too.
+        if fused is None or vars(module).get(forward_slot(module)) is not None:
+            continue
+        if class_reason(cls, cls.forward, name) is None:
+            found.append((module, _guarded(fused, cls.forward)))
+    return found
+
+
+def _guarded(fused: Callable[[Any, Tensor], Tensor | None], known: Callable[..., Any]) -> Callable[..., Any]:
+    def in_step(module: nn.Module, step: StepInputs, hidden_states: Tensor) -> Tensor:
+        forward = type(module).forward
+        output = fused(module, hidden_states) if forward is known else None
+        return forward(module, hidden_states) if output is None else output
+
+    return in_step
+
+
+def _gelu_tanh(module: Any, hidden_states: Tensor) -> Tensor:
+    return F.gelu(hidden_states, approximate="tanh")
+
+
+def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor | None:
+    weight = module.weight
+    if weight.dtype != hidden_states.dtype:
+        return None  # the original promotes to the wider dtype
+    return F.rms_norm(hidden_states, weight.shape, weight, module.variance_epsilon)
+
+
+_FUSED: dict[str, Callable[[Any, Tensor], Tensor | None]] = {
+    "transformers.activations.NewGELUActivation": _gelu_tanh,
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm": _rms_norm,
+}
