@@ -5,8 +5,10 @@ Each takes the model, a pipeline, a PeftModel, a `torch.compile` or DDP wrapper,
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
-import types
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,6 +57,7 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
             return model_or_pipeline
         spec = patches.find(model)
         patch = apply(model, spec)
+        front = InstancePatch(model)
         try:
             engine = PagedEngine(
                 model,
@@ -63,28 +66,34 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
                 position_limit=spec.position_limit(model),
                 rope_limit=spec.rope_limit(model),
             )
-            front = InstancePatch(model)
-            front.set("generate", types.MethodType(_generate_method(model.__dict__.get("generate")), model))
             engine.front = front
+            front.set("generate", _make_generate(model))
             registry.put(model, engine)
         except BaseException:
+            front.revert()
             patch.revert()
             raise
     return model_or_pipeline
 
 
-def _generate_method(replaced: Any) -> Any:
-    """The function bound as `model.generate`. It finds its engine by the model, so that it keeps nothing alive."""
+def _make_generate(model: Any) -> Any:
+    """The function put on the model as `generate`. It holds the model weakly, so that a dropped one is collected."""
+    reference = weakref.ref(model)
+    replaced = vars(model).get("generate")
 
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = registry.get(self)
-        if engine is None:  # a copy that kept the attribute, or disabled in another thread just now
-            return (replaced or type(self).generate.__get__(self))(*args, **kwargs)
+    @functools.wraps(type(model).generate)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        model = reference()
+        if model is None:
+            raise EngineStateError("the model this generate belongs to no longer exists")
+        engine = registry.get(model)
+        if engine is None:  # disabled while somebody held on to this function
+            return (replaced or type(model).generate.__get__(model))(*args, **kwargs)
         from hf_paged.generation.backend import paged_generate
 
-        return paged_generate(self, replaced, engine, args, kwargs)
+        return paged_generate(model, replaced, engine, args, kwargs)
 
-    generate.__doc__ = "`generate()` of the model's class, on the paged engine of hf_paged (`hf_paged.disable` undoes it)."
+    generate.__signature__ = inspect.signature(model.generate)  # type: ignore[attr-defined]
     return generate
 
 

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ class PagedEngine:
         self.config = config
         self.position_limit = position_limit
         self.rope_limit = rope_limit
+        self.front: Any = None  # what `enable` put on the model itself, to be reverted with the patch
         self.counters = Counters()
         self._runtime: Runtime | None = None
         self._calls: dict[Call, None] = {}

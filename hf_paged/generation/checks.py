@@ -51,7 +51,10 @@ _LOOP_METHODS = (
 )
 
 _METHOD_REASONS = {"_beam_search": "beam_search", "_assisted_decoding": "assisted_decoding"}
-_LOOP_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+#: `labels` come from evaluation loops; upstream takes them out again before each forward.
+_LOOP_KWARGS = frozenset(
+    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "labels"}
+)
 
 
 def early_reasons(
@@ -117,7 +120,8 @@ def _overridden(model: GenerativeModel) -> Iterator[str]:
 def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared) -> list[FallbackReason]:
     """All reasons of a prepared call; empty when the engine serves it."""
     if prepared.method != "_sample":
-        return [reason(_METHOD_REASONS.get(prepared.method, "decoding_overridden"), prepared.method)]
+        code = _METHOD_REASONS.get(prepared.method)
+        return [reason(code) if code else reason("hub_decoding", prepared.method)]
     found = [*_mode_reasons(prepared), *_option_reasons(prepared), *_kwargs_reasons(prepared)]
     inputs = [*_input_reasons(engine, model, prepared)]
     found += inputs
