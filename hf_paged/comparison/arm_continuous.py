@@ -141,7 +141,9 @@ def _continuous_config(pool: dict[str, int]) -> Any:
 
     names = {f.name for f in dataclasses.fields(ContinuousBatchingConfig)}
     # transformers before 5.17 calls the page size `block_size`, and some fields came later.
-    renamed = {("block_size" if k == "page_size" and k not in names else k): v for k, v in pool.items()}
+    renamed: dict[str, Any] = {
+        ("block_size" if k == "page_size" and k not in names else k): v for k, v in pool.items()
+    }
     return ContinuousBatchingConfig(**{k: v for k, v in renamed.items() if k in names})
 
 

@@ -8,6 +8,7 @@ the enabled model.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -80,7 +81,7 @@ class GenerateArm(Arm):
                 started = time.perf_counter()
                 rows = generate_batch(self.context.model, batch, clock if self.clocked else None)
                 seconds.append(time.perf_counter() - started)
-                waits.append(clock.first_token_at and clock.first_token_at - started)
+                waits.append(None if clock.first_token_at is None else clock.first_token_at - started)
                 kept = [self._cut(rows[k], i) for k, i in enumerate(unit.indices)]
                 outputs.update(zip(unit.indices, kept, strict=True))
                 tokens.append(sum(map(len, kept)))
@@ -93,20 +94,19 @@ class GenerateArm(Arm):
         return cut_at_limit(row, self.context.requests[index].max_new_tokens, self.context.eos_ids)
 
     def _first_token(
-        self, seconds: list[float], waits: list[float | None]
+        self, seconds: list[float], measured: list[float | None]
     ) -> tuple[float | None, str | None]:
         """Requests wait for all units before theirs; of units that were not run the mean is taken."""
-        if any(w is None for w in waits):
+        waits = [w for w in measured if w is not None]
+        if len(waits) < len(measured):
             return None, "not measured: a streamer would change how the model runs"
         sizes = [len(u.indices) for u in self.units]
-        if len(self.units) == len(self.all_units):
-            total, queued = 0.0, 0.0
-            for size, wait, second in zip(sizes, waits, seconds, strict=True):
-                total += size * (queued + wait)
-                queued += second
-            return total / sum(sizes), None
-        mean = sum(seconds) / len(seconds)
         own = sum(size * wait for size, wait in zip(sizes, waits, strict=True)) / sum(sizes)
+        if len(self.units) == len(self.all_units):
+            starts = itertools.accumulate(seconds[:-1], initial=0.0)
+            queued = sum(size * start for size, start in zip(sizes, starts, strict=True)) / sum(sizes)
+            return queued + own, None
+        mean = sum(seconds) / len(seconds)
         return own + mean * (len(self.all_units) - 1) / 2, "estimated from the units that were run"
 
     @contextlib.contextmanager
@@ -124,7 +124,7 @@ class LoopArm(GenerateArm):
     """`generate` for one request after another."""
 
     name: ClassVar[str] = "loop"
-    title: ClassVar[str] = "HF loop (batch 1)"
+    title: ClassVar[str] = "HF loop, batch 1"
 
     def make_units(self) -> list[Unit]:
         return [Unit((i,)) for i in range(len(self.context.requests))]

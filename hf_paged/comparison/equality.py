@@ -3,8 +3,8 @@
 Greedy decoding is only defined up to rounding: where the two best logits are closer than the arithmetic is
 exact, the order of summation decides. So for a difference the plain model is asked, on the very tokens up to
 it, how far the other token's logit lies below the best one. That is a near tie in float32 below 1e-4, in
-16-bit types below twice the spacing of numbers at that logit. After the first difference the two texts are
-different texts and nothing is compared.
+16-bit types below four times the spacing of numbers at that logit. After the first difference the two texts
+are different texts and nothing is compared.
 """
 
 from __future__ import annotations
@@ -88,5 +88,5 @@ def _examine(context: ArmContext, index: int, tokens: list[int], expected: list[
     gap = max(best - float(logits[tokens[position]]), best - float(logits[expected[position]]))
     limit = _FP32_TIE
     if logits.dtype in (torch.bfloat16, torch.float16):
-        limit = 2 * torch.finfo(logits.dtype).eps * max(abs(best), 1e-3)
+        limit = 4 * torch.finfo(logits.dtype).eps * max(abs(best), 1e-3)
     return Difference(index, position, gap, gap <= limit)

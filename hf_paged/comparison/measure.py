@@ -25,11 +25,15 @@ _SAMPLE_SECONDS = 0.01
 
 
 class PeakMemory:
-    """Context manager; afterwards `peak_bytes` over the start (None if it cannot be told) and `method`."""
+    """Context manager; afterwards `total_bytes` at the peak, `peak_bytes` over the start, and `method`.
+
+    The numbers are None where they cannot be told.
+    """
 
     def __init__(self, device: Any) -> None:
         self._cuda = torch.device(device).type == "cuda"
         self.peak_bytes: int | None = None
+        self.total_bytes: int | None = None
         self.method = "none"
         self._stop = threading.Event()
         self._sampled = 0
@@ -64,6 +68,7 @@ class PeakMemory:
             self._stop.set()
             self._thread.join()
             peak = max(self._sampled, resident_bytes() or 0)
+        self.total_bytes = peak
         self.peak_bytes = max(peak - self._base, 0)
 
     def _sample(self) -> None:

@@ -6,6 +6,7 @@ runs to its limit and the lengths of a workload are exact. They say nothing abou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,25 @@ def build_random(name: str, dtype: torch.dtype, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, model_class)(config)
+    _widen_weights(model)
     return model.to(dtype).eval()
+
+
+def _widen_weights(model: Any) -> None:
+    """Makes greedy texts wander.
+
+    As initialised, layers add so little that a model with tied embeddings repeats its last token for ever;
+    equal tokens would then say nothing. Here each matrix about keeps the size of what it is given, and
+    positions outweigh tokens.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 or any(part in name for part in ("wte", "embed_tokens", "lm_head")):
+                continue
+            if "wpe" in name:
+                parameter.mul_(3.0)
+            else:
+                parameter.mul_(1.5 / math.sqrt(min(parameter.shape)) / parameter.std())
 
 
 def _load_tokenizer(source: str) -> Any | None:

@@ -7,7 +7,9 @@ lost if the process ends early.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,8 @@ ARMS = ("loop", "padded", "generate_batch", "hf_paged")
 ALL_ARMS = (*ARMS, "hf_paged_loop")
 #: Called with (what is running, requests done, requests in all).
 OnProgress = Callable[[str, int, int], None]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,20 +71,20 @@ class Runner:
     def run(self) -> None:
         """Fills the report."""
         arms: dict[str, Arm] = {}
-        for name in self.options.arms:
-            entry = ArmReport(name, name)
+        entries = {name: ArmReport(name, name) for name in self.options.arms}
+        for name, entry in entries.items():
             self.report.arms.append(entry)
-            arm = self._guarded(entry, lambda entry=entry: self._prepare(entry))
-            if arm is not None:
-                arms[name] = arm
+            with self._failing_alone(entry):
+                arms[name] = self._prepare(entry)
             self._updated()
         for repeat in range(self.options.repeats):
             names = list(arms)
             shift = repeat % max(len(names), 1)
             for name in names[shift:] + names[:shift]:
-                entry = self.report.arm(name)
-                if entry is not None and entry.error is None:
-                    self._guarded(entry, lambda e=entry, a=arms[name], r=repeat: self._run_once(e, a, r))
+                entry = entries[name]
+                if entry.error is None:
+                    with self._failing_alone(entry):
+                        self._run_once(entry, arms[name], repeat)
                     self._updated()
         self._compare_outputs()
         self.report.complete = all(a.error is None for a in self.report.arms)
@@ -171,12 +175,14 @@ class Runner:
                     )
                 )
 
-    def _guarded(self, entry: ArmReport, work: Callable[[], Any]) -> Any:
+    @contextlib.contextmanager
+    def _failing_alone(self, entry: ArmReport) -> Iterator[None]:
+        """An arm may fail in any way; it is reported, and the others are still worth having."""
         try:
-            return work()
-        except Exception as error:  # an arm may fail in any way; the others are still worth having
+            yield
+        except Exception as error:
             entry.error = f"{type(error).__name__}: {error}"
-            return None
+            _logger.debug("the arm %s failed", entry.name, exc_info=True)
 
     def _progress(self, label: str, arm: Arm) -> Callable[[int], None]:
         done, total = 0, arm.num_requests

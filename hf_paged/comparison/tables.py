@@ -22,11 +22,13 @@ def comparison_table(report: CompareReport) -> Table:
         title=f"{report.model['name']}, {report.model['dtype']}: "
         f"{work['num_requests']} requests ({work['name']}), prompt mean {work['prompt_tokens']['mean']:.0f}, "
         f"output limit mean {work['max_new_tokens']['mean']:.0f}",
-        caption="median of the runs; hf_paged × = paired ratio of tokens/s, median (minimum–maximum)",
+        caption="Medians of the runs. hf_paged ×: paired ratio of tokens/s, median (minimum–maximum). "
+        "TTFT: mean time to the first token of a request, all being there at the start. "
+        "Peak: memory over that at the start",
     )
-    table.add_column("arm")
-    for name in ("tokens/s", "hf_paged ×", "first token, s", "peak memory, MiB", "KV waste", "greedy tokens"):
-        table.add_column(name, justify="right")
+    table.add_column("arm", no_wrap=True)
+    for name in ("tokens/s", "hf_paged ×", "TTFT, s", "peak, MiB", "KV waste", "greedy tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm in report.arms:
         table.add_row(*_row(report, arm))
     return table
@@ -103,9 +105,9 @@ def _equality(report: CompareReport, name: str) -> str:
     if not entries:
         return "reference" if any(e.reference == name for e in report.equality) else ""
     entry = entries[0]
-    ties = f", {entry.near_ties} near ties" if entry.near_ties else ""
-    if entry.equal:
-        return f"equal ({entry.num_requests}{ties})"
+    ties = "" if not entry.near_ties else f", {entry.near_ties} near tie{'s' if entry.near_ties > 1 else ''}"
+    if entry.num_equal == entry.num_requests:
+        return f"equal ({entry.num_requests})"
     return f"{entry.num_equal} of {entry.num_requests} equal{ties}"
 
 

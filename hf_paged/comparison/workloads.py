@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,13 +163,13 @@ def fit(workload: Workload, max_positions: int | None) -> Workload:
     return Workload(workload.name, tuple(fitted), workload.seed, (*workload.notes, note))
 
 
-def _random_ids(vocab_size: int, special_ids: Sequence[int], seed: int):
+def _random_ids(vocab_size: int, special_ids: Sequence[int], seed: int) -> Callable[[int], list[int]]:
     rng = random.Random(f"ids:{seed}")
     allowed = [i for i in range(vocab_size) if i not in set(special_ids)]
     return lambda length: rng.choices(allowed, k=length)
 
 
-def _text_windows(tokenizer: Any, seed: int):
+def _text_windows(tokenizer: Any, seed: int) -> Callable[[int], list[int]]:
     from pydoc_data import topics
 
     rng = random.Random(f"text:{seed}")
