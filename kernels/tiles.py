@@ -1,8 +1,8 @@
 """The table of tiles: which shape of work each Triton attention kernel uses on which GPU, and how decode is split.
 
-Nothing is tuned at run time: an autotuner would retune on unseen shapes, cannot run inside a CUDA graph and makes the
-order of sums depend on the batch. A row is looked up by (GPU generation, op, head size bucket, group bucket). Everything
-here depends on shapes alone, never on the lengths of sequences, so that a captured graph stays valid.
+Nothing is tuned at run time: an autotuner would retune on unseen shapes, cannot run inside a CUDA graph and makes
+the order of sums depend on the batch. A row is looked up by (GPU generation, op, head size bucket, group bucket).
+Everything here depends on shapes alone, never on the lengths of sequences, so that a captured graph stays valid.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ _DECODE = {
 
 _PREFILL = {
     # (arch, head size up to): tile
-    ("sm_90", 64): Tile(128, 64, 4, 3),
+    ("sm_90", 64): Tile(128, 64, 8, 3),
     ("sm_90", 128): Tile(128, 64, 8, 3),
     ("sm_90", 256): Tile(64, 32, 8, 3),
-    ("sm_80", 64): Tile(128, 64, 4, 3),
+    ("sm_80", 64): Tile(128, 64, 8, 3),
     ("sm_80", 128): Tile(128, 64, 8, 2),
     ("sm_80", 256): Tile(64, 32, 8, 2),
     ("gfx942", 64): Tile(128, 64, 4, 2),

@@ -54,7 +54,10 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_D] keys or values in COMPUTE. Positions outside of m_n read as zero: unused slots may hold NaN."""
+    """[BLOCK_N, BLOCK_D] keys or values in COMPUTE.
+
+    Positions outside of m_n read as zero: unused slots may hold NaN, which no weight of zero would undo.
+    """
     o_d = tl.arange(0, BLOCK_D)
     p_rows = p_cache + (b_block * stride_n + b_offset * stride_b)[:, None] + o_d[None, :]
     if MASKED:

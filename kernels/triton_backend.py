@@ -16,7 +16,8 @@ from hf_paged.kernels.triton_checks import check_cache, check_dtype, check_tenso
 from hf_paged.kernels.triton_copy_blocks import copy_blocks
 from hf_paged.kernels.triton_paged_decode import paged_decode
 from hf_paged.kernels.triton_paged_prefill import paged_prefill
-from hf_paged.kernels.triton_store_kv import store_kv, store_kv_rope
+from hf_paged.kernels.triton_store_kv import store_kv
+from hf_paged.kernels.triton_store_kv_rope import store_kv_rope
 
 __all__ = ["attend", "copy_blocks", "paged_attention", "store_kv", "store_kv_rope"]
 
@@ -69,7 +70,12 @@ def attend(
     check_cache(op, k_cache, v_cache, k_scales, v_scales)
     check_tensors(
         *(op, k_cache.device),
-        **{"query": query, "sinks": sinks, "block_tables": metadata.block_tables, "seq_lens": metadata.seq_lens},
+        **{
+            "query": query,
+            "sinks": sinks,
+            "block_tables": metadata.block_tables,
+            "seq_lens": metadata.seq_lens,
+        },
         query_start_loc=metadata.query_start_loc,
     )
     check_dtype(op, "query", query)

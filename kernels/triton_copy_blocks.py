@@ -79,5 +79,29 @@ def _copy(k_blocks: Tensor, v_blocks: Tensor, src: Tensor, dst: Tensor) -> None:
     grid = (src.shape[0], -(-row // block))
     constants = {"ROW": row, "BLOCK": block, "num_warps": 4, "num_stages": 1}
     stride = k_blocks.stride(0)
-    launch(copy_rows_kernel, grid, k_blocks.device, *staged, k_blocks, v_blocks, None, src, row, stride, **constants)
-    launch(copy_rows_kernel, grid, k_blocks.device, k_blocks, v_blocks, *staged, dst, None, stride, row, **constants)
+    launch(
+        copy_rows_kernel,
+        grid,
+        k_blocks.device,
+        *staged,
+        k_blocks,
+        v_blocks,
+        None,
+        src,
+        row,
+        stride,
+        **constants,
+    )
+    launch(
+        copy_rows_kernel,
+        grid,
+        k_blocks.device,
+        k_blocks,
+        v_blocks,
+        *staged,
+        dst,
+        None,
+        stride,
+        row,
+        **constants,
+    )

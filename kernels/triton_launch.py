@@ -91,7 +91,13 @@ def compute_dtype(gpu: Gpu, *dtypes: torch.dtype) -> tl.dtype:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, num_warps: int, num_stages: int, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *args: Any,
+    num_warps: int,
+    num_stages: int,
+    **constants: Any,
 ) -> None:
     """Runs `kernel` over `grid` on `device`; `args` are its run-time arguments in order, `constants` its constexprs."""
     options = {"num_warps": num_warps, "num_stages": num_stages}

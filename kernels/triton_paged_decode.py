@@ -93,7 +93,9 @@ def paged_decode_kernel(
 
     SCALE_A_TOKEN: tl.constexpr = p_k_cache.dtype.element_ty == tl.int8
     p_table = p_tables + i_seq * stride_table
-    b_q = tl.load(p_query + i_seq * stride_qt + o_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0.0)
+    b_q = tl.load(
+        p_query + i_seq * stride_qt + o_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0.0
+    )
     b_q = b_q.to(COMPUTE)
     if (p_k_scale is not None) and (not SCALE_A_TOKEN):
         qk_scale *= tl.load(p_k_scale + i_kv)
@@ -104,8 +106,12 @@ def paged_decode_kernel(
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = (o_n >= i_start) & (o_n < i_end)
         b_block, b_offset = locate_rows(p_table, i_n, m_n, BLOCK_SIZE, BLOCK_N)
-        b_k = load_rows(p_k_cache + i_kv * stride_h, b_block, b_offset, m_n, stride_n, stride_b, COMPUTE, D, BLOCK_D, True)
-        b_v = load_rows(p_v_cache + i_kv * stride_h, b_block, b_offset, m_n, stride_n, stride_b, COMPUTE, D, BLOCK_D, True)
+        b_k = load_rows(
+            p_k_cache + i_kv * stride_h, b_block, b_offset, m_n, stride_n, stride_b, COMPUTE, D, BLOCK_D, True
+        )
+        b_v = load_rows(
+            p_v_cache + i_kv * stride_h, b_block, b_offset, m_n, stride_n, stride_b, COMPUTE, D, BLOCK_D, True
+        )
         b_k_scale = None
         b_v_scale = None
         if SCALE_A_TOKEN:
@@ -147,7 +153,7 @@ def combine_splits_kernel(
     i_head = tl.program_id(0)
     i_seq = tl.program_id(1).to(tl.int64)
     i_len = tl.load(p_seq_lens + i_seq)
-    chunk, i_first, i_chunk_start, i_chunk_end = _chunking(i_len, min_chunk, max_splits, WINDOW)
+    _, _, i_chunk_start, i_chunk_end = _chunking(i_len, min_chunk, max_splits, WINDOW)
     if i_chunk_end - i_chunk_start <= 1:
         return
     o_row = i_seq * H + i_head
@@ -262,7 +268,9 @@ def _workspace(plan: dict, query: Tensor, max_splits: int) -> tuple[Tensor, Tens
     num_seqs, heads, head_size = query.shape
     key = ("triton.decode", query.device, num_seqs, heads, head_size, max_splits)
     if key not in plan:
-        partial = torch.empty(num_seqs, heads, max_splits, head_size, dtype=torch.float32, device=query.device)
+        partial = torch.empty(
+            num_seqs, heads, max_splits, head_size, dtype=torch.float32, device=query.device
+        )
         lse = torch.empty(num_seqs, heads, max_splits, dtype=torch.float32, device=query.device)
         plan[key] = (partial, lse)
     return plan[key]

@@ -70,7 +70,19 @@ def _attend_range(
         if WINDOW > 0:
             m_visible = m_visible & (o_pos[:, None] - o_n[None, :] < WINDOW)
         b_m, b_l, b_acc = attend_tile(
-            b_q, b_k, b_v, b_k_scale, b_v_scale, m_visible, b_m, b_l, b_acc, qk_scale, SOFTCAP, MASKED, WINDOW > 0
+            b_q,
+            b_k,
+            b_v,
+            b_k_scale,
+            b_v_scale,
+            m_visible,
+            b_m,
+            b_l,
+            b_acc,
+            qk_scale,
+            SOFTCAP,
+            MASKED,
+            WINDOW > 0,
         )
     return b_m, b_l, b_acc
 
@@ -153,7 +165,22 @@ def paged_prefill_kernel(
             *(stride_n, stride_b, H_KV, D, BLOCK_SIZE, WINDOW, SOFTCAP, COMPUTE, BLOCK_N, BLOCK_D, False),
         )
     b_m, b_l, b_acc = _attend_range(
-        *(b_q, b_m, b_l, b_acc, o_pos, i_masked, i_end, i_first, p_table, p_k, p_v, p_k_scale, p_v_scale, qk_scale),
+        *(
+            b_q,
+            b_m,
+            b_l,
+            b_acc,
+            o_pos,
+            i_masked,
+            i_end,
+            i_first,
+            p_table,
+            p_k,
+            p_v,
+            p_k_scale,
+            p_v_scale,
+            qk_scale,
+        ),
         *(stride_n, stride_b, H_KV, D, BLOCK_SIZE, WINDOW, SOFTCAP, COMPUTE, BLOCK_N, BLOCK_D, True),
     )
     if (p_v_scale is not None) and (not SCALE_A_TOKEN):
@@ -195,7 +222,15 @@ def paged_prefill(
         paged_prefill_kernel,
         (heads // pack, work.shape[0]),
         query.device,
-        *(output, query, k_cache, v_cache, metadata.block_tables, metadata.seq_lens, metadata.query_start_loc),
+        *(
+            output,
+            query,
+            k_cache,
+            v_cache,
+            metadata.block_tables,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+        ),
         *(work, sinks, k_scales, v_scales, host_scale(scale, softcap)),
         *(*query.stride()[:2], *k_cache.stride()[:3], metadata.block_tables.stride(0)),
         H=heads,
@@ -222,7 +257,10 @@ def _work_list(metadata: PagedMetadata, block_q: int, device: torch.device) -> T
         for index in range(metadata.num_decodes, metadata.num_seqs):
             query_len, seq_len = metadata.query_lens_list[index], metadata.seq_lens_list[index]
             context = seq_len - query_len
-            tiles += [(-min(context + start + block_q, seq_len), index, start) for start in range(0, query_len, block_q)]
+            tiles += [
+                (-min(context + start + block_q, seq_len), index, start)
+                for start in range(0, query_len, block_q)
+            ]
         tiles.sort()
         work = torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32).reshape(-1, 2)
         if device.type == "cuda":
