@@ -16,6 +16,7 @@ parameter but its type and device. Codes, each with a text that names the culpri
     sharded_parameters        FSDP, ZeRO or tensor-parallel parameters
     unsupported_device        weights on a device other than cpu or cuda
     unsupported_dtype         keys and values of a dtype the KV cache does not hold
+    batch_dependent           a layer whose result for one token depends on the others in the forward
     dropout_active            training mode with a dropout probability above zero
 """
 
@@ -34,7 +35,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.dropout import _DropoutNd
 
-from hf_paged.patches.registry import PatchSpec, override_reason, qualified_name
+from hf_paged.patches.registry import PatchSpec, override_reason
 
 __all__ = ["find_reasons"]
 
@@ -48,6 +49,7 @@ _HARMLESS_HOOKS = (
     "torch.nn.utils.weight_norm",
 )
 _HARMLESS_HOOK_NAMES = ("make_inputs_require_grads", "make_inputs_require_grad")
+_PER_TENSOR_QUANTISED = "torch.ao.nn.quantized.dynamic"
 _PEFT_ROW_ARGUMENTS = ("adapter_names", "alora_offsets")
 
 
@@ -91,6 +93,7 @@ def find_reasons(
             "layers_changed", "the attention layers are not those the model was enabled with: enable it again"
         )
     _check_config(walk, model)
+    _check_classes(walk)
     _check_parameters(walk, model)
     if walk.training:
         _check_dropout(walk, spec, now)
@@ -134,9 +137,15 @@ def _walk_modules(model: nn.Module, forwards: dict[int, Callable[..., Any]]) -> 
             new = [child for child in children.values() if child not in seen]
             seen.update(new)
             stack += new
-    if any(name.endswith(".OptimizedModule") for name in map(qualified_name, classes)):
-        walk.add("compiled_forward", "a part of the model runs through torch.compile")
     return walk
+
+
+def _check_classes(walk: _Walk) -> None:
+    for cls in walk.classes:
+        if cls.__name__ == "OptimizedModule":
+            walk.add("compiled_forward", "a part of the model runs through torch.compile")
+        if cls.__module__.startswith(_PER_TENSOR_QUANTISED):
+            walk.add("batch_dependent", f"{cls.__name__} quantises its input by the range of the whole batch")
 
 
 def _check_hooks(walk: _Walk, module: nn.Module) -> None:

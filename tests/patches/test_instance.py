@@ -148,7 +148,7 @@ def test_two_patches_of_one_module_are_independent() -> None:
 def test_one_name_has_one_owner() -> None:
     module = Doubler()
     patch = patched(module)
-    with pytest.raises(RuntimeError, match="Doubler.forward is already patched"):
+    with pytest.raises(RuntimeError, match=r"Doubler\.forward is already patched"):
         patched(module)
     patch.revert()
     patched(module).revert()
