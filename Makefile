@@ -58,7 +58,10 @@ bench: $(VENV)/.ready
 	$(BIN)/hf-paged bench
 
 demo-models: $(VENV)/.ready
-	$(BIN)/python examples/train_demo_models.py
+	@set -e; for family in gpt2 gpt_bigcode llama; do \
+	    OMP_NUM_THREADS=1 $(BIN)/python examples/train_demo_models.py \
+	        --family $$family --output examples/models/$$family; \
+	done
 
 clean:
 	rm -rf $(VENV) $(COMPAT:%=.venv-%) build dist *.egg-info compare.json
