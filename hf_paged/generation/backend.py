@@ -131,14 +131,13 @@ def _decode(
 
 def _run(engine: PagedEngine, prepared: Prepared) -> Any:
     fill_pending(engine)
-    wants_outputs = bool(prepared.config.return_dict_in_generate)
-    call = build_call(engine, prepared, keep_kv=wants_outputs, run_on=wants_outputs)
+    call = build_call(engine, prepared)
     engine.count_native()
     try:
         engine.run(call)
         return assemble(engine, prepared, call)
     except BaseException:
-        if wants_outputs:
+        if call.keep_kv:
             engine.release_kv(call)
         raise
     finally:

@@ -51,9 +51,22 @@ _LOOP_METHODS = (
 )
 
 _METHOD_REASONS = {"_beam_search": "beam_search", "_assisted_decoding": "assisted_decoding"}
-#: `labels` come from evaluation loops; upstream takes them out again before each forward.
+_OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
+#: Keyword arguments of a loop that are checked one by one, or without effect there: tokenizers only serve the
+#: preparation; `labels` come from evaluation loops, and upstream takes them out again before each forward.
 _LOOP_KWARGS = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "labels"}
+    {
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "inputs_embeds",
+        "use_cache",
+        "logits_to_keep",
+        "labels",
+        "tokenizer",
+        "assistant_tokenizer",
+        *_OUTPUT_FLAGS,
+    }
 )
 
 
@@ -123,11 +136,11 @@ def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared
         code = _METHOD_REASONS.get(prepared.method)
         return [reason(code) if code else reason("hub_decoding", prepared.method)]
     found = [*_mode_reasons(prepared), *_option_reasons(prepared), *_kwargs_reasons(prepared)]
-    inputs = [*_input_reasons(engine, model, prepared)]
+    inputs = list(_input_reasons(engine, model, prepared))
     found += inputs
     if (text := sampling.unsupported(prepared.processors, prepared.criteria)) is not None:
         found.append(reason("processors", text))
-    if not inputs:
+    if not inputs and prepared.input_ids.numel():
         found += _length_reasons(engine, prepared)
     return found
 
@@ -155,8 +168,8 @@ def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     chunk = config.prefill_chunk_size
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         yield reason("prefill_chunk_size", repr(chunk))
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name):
+    for name in _OUTPUT_FLAGS:
+        if getattr(config, name) or prepared.model_kwargs.get(name):
             yield reason(name)
     for name in _installed_options() - KNOWN_OPTIONS:
         if getattr(config, name, None) is not None:
@@ -176,8 +189,15 @@ _installed: frozenset[str] | None = None
 def _kwargs_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     kwargs = prepared.model_kwargs
     cache = kwargs.get("past_key_values")
-    if cache is not None and (
-        type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.get_seq_length()
+    asked_for = prepared.config.cache_implementation not in (None, "dynamic")
+    if (
+        cache is not None
+        and not asked_for
+        and (
+            type(cache) is not DynamicCache
+            or getattr(cache, "_is_user_defined", False)
+            or cache.get_seq_length()
+        )
     ):
         yield reason("past_key_values")
     if kwargs.get("inputs_embeds") is not None:
@@ -185,7 +205,7 @@ def _kwargs_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     # An int only says how many positions get logits, of which the loop reads the last.
     if not isinstance(kwargs.get("logits_to_keep", 0), int):
         yield reason("model_kwargs", "logits_to_keep")
-    for name in sorted(kwargs.keys() - _LOOP_KWARGS - {"inputs_embeds"}):
+    for name in sorted(kwargs.keys() - _LOOP_KWARGS):
         if kwargs[name] is not None:
             yield reason("model_kwargs", name)
 
@@ -194,6 +214,8 @@ def _input_reasons(
     engine: PagedEngine, model: GenerativeModel, prepared: Prepared
 ) -> Iterator[FallbackReason]:
     ids = prepared.input_ids
+    if prepared.model_kwargs.get("inputs_embeds") is not None:
+        return
     if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
         yield reason("input_ids", f"{ids.dtype}, {tuple(ids.shape)}")
         return

@@ -27,7 +27,7 @@ REASONS: dict[str, str] = {
     "decoding_overridden": "the model overrides a method of the decoding loop",
     "nested": "generate was called from within a step of an engine",
     "custom_generate": "custom_generate is given",
-    "hub_decoding": "this decoding mode was moved to a repository on the hub",
+    "hub_decoding": "this decoding mode is not one of transformers' own loops",
     "beam_search": "beam search",
     "assisted_decoding": "assisted decoding, prompt lookup or multi-token prediction",
     "streamer": "a streamer is given",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from transformers import MaxLengthCriteria, MaxTimeCriteria
 
 from hf_paged.engine.draws import Draws, LockstepDraws
-from hf_paged.engine.request import Call, Sequence
+from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import SamplingSpec
 from hf_paged.generation.checks import num_prompt_tokens
 from hf_paged.generation.prepared import Prepared
@@ -24,22 +23,23 @@ def build_call(
     draws: Draws | None = None,
     logprobs: int | None = None,
     adapter: str | None = None,
+    namespace: bytes | None = None,
     priority: int = 0,
-    keep_kv: bool = False,
-    run_on: bool = False,
-    on_token: Callable[[Sequence, int], None] | None = None,
-    on_finish: Callable[[Call], None] | None = None,
+    outputs: bool = True,
 ) -> Call:
     """The engine call for a prepared call that has no reason to fall back.
 
     Args:
         draws: random numbers of a sampled call; by default the global generator's, in upstream's order.
+        namespace: from `engine.namespace`, for many calls at one moment; by default as of now.
         logprobs: how many of the likeliest tokens to report beside the chosen one; None for none.
-        keep_kv: blocks stay with the sequences after the end.
-        run_on: finished rows go on with pads, as upstream's do; needed for scores and a returned cache.
+        outputs: respect `return_dict_in_generate` of the prepared config: record scores and logits, keep
+            the blocks, and
+            let finished rows go on with pads as upstream does, so that scores and the returned cache are its.
     """
     config, ids = prepared.config, prepared.input_ids
     num_rows = len(ids)
+    outputs = outputs and bool(config.return_dict_in_generate)
     if config.do_sample and draws is None:
         draws = LockstepDraws(num_rows)
     spec = SamplingSpec(
@@ -49,19 +49,17 @@ def build_call(
         do_sample=bool(config.do_sample),
         draws=draws,
         pad_token_id=pad_token_id(prepared),
-        output_scores=bool(config.return_dict_in_generate and config.output_scores),
-        output_logits=bool(config.return_dict_in_generate and config.output_logits),
+        output_scores=bool(outputs and config.output_scores),
+        output_logits=bool(outputs and config.output_logits),
         logprobs=logprobs,
     )
     call = Call(
         sampling=spec,
         ambient=engine.ambient(),
-        namespace=engine.namespace(adapter),
+        namespace=engine.namespace(adapter) if namespace is None else namespace,
         priority=priority,
-        run_on=run_on or rows_go_on(prepared),
-        keep_kv=keep_kv,
-        on_token=on_token,
-        on_finish=on_finish,
+        run_on=outputs or rows_go_on(prepared),
+        keep_kv=outputs,
     )
     copies = config.num_return_sequences or 1
     rows = zip(ids.tolist(), num_prompt_tokens(prepared).tolist(), strict=True)

@@ -1,0 +1,88 @@
+"""`hf_paged.engine(model)`: handing single requests to the engine of an enabled model."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from hf_paged.engine.draws import SeededDraws
+from hf_paged.errors import FallbackError, InvalidRequestError
+from hf_paged.generation.handle import RequestHandle
+from hf_paged.generation.requests import build_call
+from hf_paged.generation.returned_cache import fill_pending
+from hf_paged.generation.single import RequestPreparer
+from hf_paged.generation.view import GenerativeModel
+
+if TYPE_CHECKING:
+    from hf_paged.engine.engine import PagedEngine
+
+
+class EngineClient:
+    """The engine of one enabled model, as users see it."""
+
+    def __init__(self, model: GenerativeModel, engine: PagedEngine) -> None:
+        self._model = model
+        self._engine = engine
+
+    def submit(
+        self,
+        input_ids: Any,
+        generation_config: GenerationConfig | None = None,
+        adapter: str | None = None,
+        priority: int = 0,
+        seed: int | None = None,
+        logprobs: int | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> RequestHandle:
+        """Starts generating for one prompt and returns at once.
+
+        Args:
+            input_ids: 1-D list or tensor of token ids, without padding.
+            generation_config, kwargs: as for `generate`.
+            adapter: reserved; None.
+            priority: requests with a lower number run first when not all can run.
+            seed: of this request's random numbers, which depend on nothing else then. None: a seed is drawn
+                from the
+                global generator, so that requests submitted in the same order after one `set_seed` repeat.
+            logprobs: report each new token's log-probability and those of this many likeliest tokens.
+            tokenizer: needed with `stop_strings`.
+
+        Raises:
+            InvalidRequestError: the request is malformed, refused by upstream's own checks, or can never fit.
+            FallbackError: an option only the original `generate()` can serve. There is no falling back
+            here, because
+                that would block.
+            EngineStateError: the model is not enabled any more.
+        """
+        if adapter is not None:
+            raise InvalidRequestError(f"adapter={adapter!r}: no adapter can be chosen per request yet")
+        if logprobs is not None and (type(logprobs) is not int or logprobs < 0):
+            raise InvalidRequestError(f"logprobs={logprobs!r}: must be None or an int of at least 0")
+        if tokenizer is not None:
+            kwargs["tokenizer"] = tokenizer
+        request = RequestPreparer(self._model, self._engine, kwargs)(input_ids, generation_config)
+        prepared = request.native
+        if prepared is None:
+            listed = "; ".join(map(str, request.reasons))
+            raise FallbackError(f"submit serves native requests only: {listed}", request.reasons)
+        draws = None
+        if prepared.config.do_sample:
+            draws = SeededDraws(fresh_seed() if seed is None else seed)
+        fill_pending(self._engine)
+        call = build_call(
+            self._engine, prepared, draws=draws, logprobs=logprobs, priority=priority, outputs=False
+        )
+        self._engine.count_native()
+        call.submitted_at = time.perf_counter()
+        handle = RequestHandle(self._engine)
+        handle.start(call)
+        return handle
+
+
+def fresh_seed() -> int:
+    """A seed drawn from torch's global generator: 63 random bits."""
+    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))

@@ -1,0 +1,160 @@
+"""`RequestHandle`: a submitted request, followed from any thread or event loop while the engine works on
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+from hf_paged.generation.results import GenerationResult, RequestMetrics, result_of
+
+if TYPE_CHECKING:
+    from hf_paged.engine.engine import PagedEngine
+    from hf_paged.engine.request import Call, Sequence
+
+__all__ = ["GenerationResult", "RequestHandle", "RequestMetrics"]
+
+
+class RequestHandle:
+    """One submitted request. It makes progress whether or not anybody waits; dropping the handle cancels
+    nothing.
+
+    for token in handle: ...            # token ids as they come; each iteration starts at the first one
+    async for token in handle: ...
+    result = handle.result(timeout=60)  # or: result = await handle
+    handle.cancel()
+    """
+
+    def __init__(self, engine: PagedEngine) -> None:
+        self._engine = engine
+        self._call: Call | None = None
+        self._tokens: list[int] = []
+        self._ended = False
+        self._changed = threading.Condition()
+        self._watchers: list[Callable[[], object]] = []
+
+    def start(self, call: Call) -> None:
+        """Hands `call` to the engine. Once, by whoever made the handle."""
+        call.on_token, call.on_finish = self._on_token, self._on_finish
+        self._call = call
+        self._engine.submit(call)
+
+    # --- for users
+    # ----------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, in whatever way."""
+        return self._ended
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """Waits for the end.
+
+        Args:
+            timeout: seconds to wait; None for as long as it takes.
+
+        Raises:
+            TimeoutError: it has not ended in time; it runs on.
+            RequestCancelledError: it was cancelled.
+            Exception: what the request failed with.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, timeout):
+                raise TimeoutError(f"the request has not ended within {timeout} s")
+        return self._outcome()
+
+    def cancel(self) -> None:
+        """Ends the request at the next step and gives its blocks back. Does nothing if it has ended."""
+        if not self._ended:
+            self._engine.cancel(self._started)
+
+    def __iter__(self) -> Iterator[int]:
+        """Token ids as they come. Raises at the end what the request failed with, if it did."""
+        seen = 0
+        while True:
+            with self._changed:
+                while not self._ended and len(self._tokens) == seen:
+                    self._changed.wait()
+                new, ended = self._tokens[seen:], self._ended
+            yield from new
+            seen += len(new)
+            if ended:
+                self._outcome()
+                return
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """As `__iter__`, without blocking the event loop."""
+        seen = 0
+        async for ended in self._changes():
+            new = self._tokens[seen:]
+            seen += len(new)
+            for token in new:
+                yield token
+            if ended:
+                self._outcome()
+                return
+
+    def __await__(self) -> Generator[Any, None, GenerationResult]:
+        """The result, as `result()` gives it."""
+        return self._await().__await__()
+
+    # --- inside
+    # -------------------------------------------------------------------------------------------------------
+
+    async def _await(self) -> GenerationResult:
+        async for ended in self._changes():
+            if ended:
+                break
+        return self._outcome()
+
+    async def _changes(self) -> AsyncIterator[bool]:
+        """Whether the request has ended: once now, then after each change, until it has."""
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(event.set)
+
+        with self._changed:
+            self._watchers.append(wake)
+        try:
+            while True:
+                event.clear()
+                ended = self._ended
+                yield ended
+                if ended:
+                    return
+                await event.wait()
+        finally:
+            with self._changed:
+                self._watchers.remove(wake)
+
+    @property
+    def _started(self) -> Call:
+        assert self._call is not None, "the request was not handed to the engine"
+        return self._call
+
+    def _outcome(self) -> GenerationResult:
+        if self._started.error is not None:
+            raise self._started.error
+        return result_of(self._started)
+
+    def _on_token(self, sequence: Sequence, token: int) -> None:
+        with self._changed:
+            self._tokens.append(token)
+            self._notify()
+
+    def _on_finish(self, call: Call) -> None:
+        with self._changed:
+            self._ended = True
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for wake in self._watchers:
+            try:
+                wake()
+            except RuntimeError:
+                pass  # the watcher's event loop was closed: nobody is left to wake
