@@ -26,6 +26,7 @@ from hf_paged.engine.processor_rules import (
     NGramRule,
     RepetitionRule,
     Rule,
+    SortRule,
 )
 
 
@@ -124,10 +125,10 @@ _MIN_KEPT = ("filter_value", "min_tokens_to_keep")
 _RULES: dict[type, Rule] = {
     upstream.TemperatureLogitsWarper: Rule(_attributes("temperature")),
     upstream.TopKLogitsWarper: Rule(_attributes("top_k", *_MIN_KEPT)),
-    upstream.TopPLogitsWarper: Rule(_attributes("top_p", *_MIN_KEPT)),
+    upstream.TopPLogitsWarper: SortRule(_attributes("top_p", *_MIN_KEPT)),
     upstream.TopHLogitsWarper: Rule(_attributes("top_h", "top_n", "filter_value")),
     upstream.MinPLogitsWarper: Rule(_attributes("min_p", *_MIN_KEPT)),
-    upstream.TypicalLogitsWarper: Rule(_attributes("mass", *_MIN_KEPT)),
+    upstream.TypicalLogitsWarper: SortRule(_attributes("mass", *_MIN_KEPT)),
     upstream.EpsilonLogitsWarper: Rule(_attributes("epsilon", *_MIN_KEPT)),
     upstream.EtaLogitsWarper: Rule(_attributes("epsilon", *_MIN_KEPT)),
     upstream.InfNanRemoveLogitsProcessor: Rule(_attributes()),
