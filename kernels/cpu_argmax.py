@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_paged.kernels.cpu_runtime import in_forked_child, kernel_module, num_bins, parallel_launch
+from hf_paged.kernels.cpu_runtime import in_forked_child, kernel_module, launch, num_bins
 
 __all__ = ["argmax_rows"]
 
@@ -32,6 +32,7 @@ def argmax_rows(logits: Tensor) -> Tensor:
         logits = logits.contiguous()
     indices = torch.empty(logits.shape[0], dtype=torch.int64)
     bins = min(num_bins(logits.numel() * logits.element_size()), max(1, logits.shape[0]))
-    with parallel_launch(bins):
-        kernels.argmax_rows_parallel(bins, logits.data_ptr(), logits.stride(0), logits.shape[1], indices.numpy(), tag)
+    launch(
+        kernels.argmax_rows_parallel, bins, logits.data_ptr(), logits.stride(0), logits.shape[1], indices.numpy(), tag
+    )
     return indices

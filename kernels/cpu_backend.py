@@ -11,6 +11,7 @@ Decode rows store their new keys and values in the launch that attends to them; 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from hf_paged.kernels import reference
 from hf_paged.kernels.cpu_paged_prefill import LongQueries, attend_long_queries, group_long_queries
-from hf_paged.kernels.cpu_runtime import in_forked_child, kernel_module, num_bins, parallel_launch
+from hf_paged.kernels.cpu_runtime import in_forked_child, kernel_module, launch, num_bins
 from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.kernels.reference import copy_blocks
 
@@ -40,11 +41,10 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
         return
     key, value = key.to(k_cache.dtype), value.to(k_cache.dtype)
     bins = num_bins(4 * key.numel() * key.element_size())
-    with parallel_launch(bins):
-        kernels.store_rows_parallel(
-            bins, *_address(key), *_address(value), k_cache.data_ptr(), v_cache.data_ptr(),
-            k_cache.shape[2], k_cache.shape[3], slot_mapping.numpy(), tag,
-        )  # fmt: skip
+    launch(
+        kernels.store_rows_parallel, bins, *_address(key), *_address(value), k_cache.data_ptr(), v_cache.data_ptr(),
+        k_cache.shape[2], k_cache.shape[3], slot_mapping.numpy(), tag,
+    )  # fmt: skip
 
 
 def paged_attention(
@@ -175,8 +175,7 @@ def _attend_rows(
         kernels.attend_rows(*arguments)
     else:
         bins = num_bins(2 * step.num_keys * kv_heads * head_size * k_cache.element_size())
-        with parallel_launch(bins):
-            kernels.attend_rows_parallel(bins, *arguments)
+        launch(kernels.attend_rows_parallel, bins, *arguments)
     if wide_output is not output:
         rows = torch.from_numpy(step.rows[:, 0].astype(np.int64))
         output[rows] = wide_output[rows].to(output.dtype)
@@ -187,6 +186,7 @@ def _address(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
+@functools.cache
 def _tag(dtype: torch.dtype) -> Any | None:
     """How numba kernels are told of `dtype`; None where there are no kernels for it."""
     module = kernel_module("cpu_jit")

@@ -93,7 +93,9 @@ def _attend_bin(
     scratch = buffer.ctypes.data
     local = scratch + 4 * heads * (shape.head_size + CHUNK)
     low, high = starts[-1] * index // bins, starts[-1] * (index + 1) // bins
-    row = np.searchsorted(starts, low, side="right") - 1
+    row = 0
+    while row < rows.shape[0] and starts[row + 1] <= low:
+        row += 1
     while row < rows.shape[0] and starts[row] < high:
         token, sequence, row_end = np.int64(rows[row, 0]), rows[row, 1], np.int64(rows[row, 2])
         row_begin = max(0, row_end - window) if window > 0 else 0
@@ -182,7 +184,9 @@ def attend_rows_parallel(
     shape = RowShape(block_size, kv_heads, group, head_size)
     # A bin cuts at most two rows: the one it begins in and the one it ends in.
     states = np.empty((2 * bins, kv_heads * group * (head_size + 2)), np.float32)
-    owners = np.full(2 * bins, -1, np.int64)
+    owners = np.empty(2 * bins, np.int64)
+    for place in range(2 * bins):
+        owners[place] = -1
     for index in prange(bins):
         _attend_bin(
             np.int64(index), bins, layer, shape, rows, starts, block_tables, slot_mapping, window, scale, softcap,

@@ -2,7 +2,8 @@
 
 Three facts shape this file. Numba's OpenMP layer kills a forked child that enters it; its workqueue layer aborts when two
 threads launch at once; and torch's thread count is the user's wish. So a forked child stays on one thread (which needs no
-threading layer), parallel launches take turns, and each asks torch how many threads it may use.
+threading layer), parallel launches take turns, and each asks torch how many threads it may use and leaves numba's own
+number as it was.
 
 Importing this file does not import numba.
 """
@@ -14,13 +15,13 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
-__all__ = ["in_forked_child", "kernel_module", "num_bins", "parallel_launch"]
+__all__ = ["in_forked_child", "kernel_module", "launch", "num_bins"]
 
 #: Below this many bytes a thread, starting it costs more than it saves.
 _MIN_BYTES_PER_THREAD = 128 * 1024
@@ -73,16 +74,18 @@ def num_bins(work_bytes: int) -> int:
     return max(1, min(work_bytes // _MIN_BYTES_PER_THREAD, torch.get_num_threads(), _numba_threads()))
 
 
-@contextmanager
-def parallel_launch(num_threads: int) -> Iterator[None]:
-    """Runs one parallel numba kernel on `num_threads` threads. The calling thread's numba setting is put back after."""
+def launch(kernel: Callable[..., None], bins: int, *arguments: Any) -> None:
+    """Runs a parallel kernel, whose first argument is its number of bins, while no other runs."""
     import numba
 
     with _process.launch_lock:
         before = numba.get_num_threads()
-        numba.set_num_threads(num_threads)
+        if before == bins:
+            kernel(bins, *arguments)
+            return
+        numba.set_num_threads(bins)
         try:
-            yield
+            kernel(bins, *arguments)
         finally:
             numba.set_num_threads(before)
 

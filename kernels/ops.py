@@ -102,9 +102,9 @@ def paged_attention(
     plan = metadata.plan
     # All layers of a step mostly look alike, and a full check costs as much as a small layer's attention.
     seen = (
-        (query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype),
-        (value.shape, value.stride(), value.dtype, k_cache.shape, k_cache.dtype, k_cache.device, v_cache.shape),
-        (sliding_window, softcap, backend),
+        (query.shape, query.stride(), query.dtype, query.device),
+        (key.shape, key.stride(), key.dtype, value.shape, value.stride(), value.dtype),
+        (k_cache.shape, k_cache.dtype, k_cache.device, v_cache.shape, sliding_window, softcap, backend),
     )
     if plan.get("ops.checked") != seen:
         _check_attention(query, key, value, k_cache, v_cache, metadata, sliding_window, softcap, backend)
