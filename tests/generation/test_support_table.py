@@ -1,4 +1,4 @@
-"""`docs/generate_support.md` says of every option what happens to it: here it is held against transformers."""
+"""`docs/generate_support.md` says what happens to every option: here that is held against transformers."""
 
 from __future__ import annotations
 
