@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 DEMO_MODEL ?= examples/models/llama
+# Real text, and few enough padded batches that it takes a minute or two.
+DEMO_OPTIONS ?= --prompts examples/prompts/mixed.jsonl --padded-sizes 8,32 --loop-subset 16
 # More words for pytest, e.g. PYTEST_ARGS="--parity-seed=20260131 -x"
 PYTEST_ARGS ?=
 
@@ -26,7 +28,7 @@ help:
 	@echo "make clean        remove environments, caches and build results"
 
 demo: $(VENV)/.ready
-	$(BIN)/hf-paged compare $(DEMO_MODEL) --json compare.json
+	$(BIN)/hf-paged compare $(DEMO_MODEL) $(DEMO_OPTIONS) --json compare.json
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
