@@ -274,3 +274,14 @@ def test_sorting_where_nothing_is_left_or_numbers_are_none() -> None:
     assert torch.equal(rules.run(lines, scores), scores)
     scores[1, 7] = torch.nan
     assert rules.run(lines, scores)[1].isnan().nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ngrams_of_unequal_histories_are_each_rows_own(size: int) -> None:
+    """Few tokens, so that anything filled in would be taken for part of a history."""
+    source = random.Random(size)
+    histories = [[source.randrange(8) for _ in range(length)] for length in (1, 2, 3, 5, 9, 14, 14, 30)] * 8
+    histories += [[source.randrange(8) for _ in range(length)] for length in range(1, 40)]
+    processor, scores = upstream.NoRepeatNGramLogitsProcessor(size), torch.randn(len(histories), 8)
+    alone = [processor(torch.tensor([ids]), scores[row : row + 1]) for row, ids in enumerate(histories)]
+    assert torch.equal(rules.run(lines_of(processor, histories), scores), torch.cat(alone))
