@@ -41,7 +41,7 @@ POSITIONS = 512
 PEAK_LEARNING_RATE = 4e-3
 WARM_UP_STEPS = 60
 # Rotary positions learn to look back much sooner than learned ones.
-STEPS = {"gpt2": 2400, "gpt_bigcode": 2200, "llama": 1200}
+STEPS = {"gpt2": 2400, "gpt_bigcode": 1400, "llama": 400}
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -286,9 +286,9 @@ def main() -> None:
     model = build_model(args.family, tokenizer)
     print(f"{model.num_parameters():,} parameters, {sum(map(len, encoded)):,} tokens")
 
-    final = train(model, encoded, args.steps or STEPS[args.family], args.seed)
+    report: dict[str, float | str] = {"family": args.family}
+    report["train_loss"] = train(model, encoded, args.steps or STEPS[args.family], args.seed)
     save(model, tokenizer, args.output)
-    report: dict[str, float | str] = {"family": args.family, "train_loss": final}
     report["held_out_loss"] = held_out_loss(model, held_out)
     report["unigram_entropy"] = unigram_entropy(held_out)
     prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
