@@ -19,9 +19,6 @@ from hf_paged.generation.view import GenerativeModel, HubDecodingMode, make_view
 if TYPE_CHECKING:
     from hf_paged.engine.engine import PagedEngine
 
-#: Arguments that act while upstream prepares, so that a preparation made only to be looked at must not see
-#: them.
-_ACTIVE_ARGUMENTS = ("streamer", "custom_generate")
 #: What users give by position.
 _POSITIONAL = (
     "inputs",
@@ -159,10 +156,22 @@ def _reasons_after(
         return []
     if args:
         kwargs = {n: argument(model, args, kwargs, n) for n in _POSITIONAL} | dict(kwargs)
-    looked_at = {name: value for name, value in kwargs.items() if name not in _ACTIVE_ARGUMENTS}
+    looked_at = dict(kwargs)
+    if looked_at.get("streamer") is not None:
+        looked_at["streamer"] = _Deaf()
     try:
         with quiet():
             prepared = prepare(model, (), looked_at)
     except HubDecodingMode as mode:
         return [reason("hub_decoding", str(mode))]
     return [r for r in late_reasons(model, engine, prepared) if r.code not in codes]
+
+
+class _Deaf:
+    """Stands for the user's streamer where upstream prepares only to be looked at: it puts the prompt."""
+
+    def put(self, value: Any) -> None:
+        pass
+
+    def end(self) -> None:
+        pass

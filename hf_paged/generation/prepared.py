@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ class Prepared:
     def max_new_tokens(self) -> int:
         """Most tokens a row can get: upstream always makes one before it looks at the length."""
         assert self.max_length is not None
-        return max(1, int(self.max_length) - self.input_ids.shape[1])
+        return max(1, math.ceil(self.max_length) - self.input_ids.shape[1])
 
     @property
     def attention_mask(self) -> Tensor | None:

@@ -185,8 +185,10 @@ def test_explaining_leaves_no_trace(model: Any, caplog: pytest.LogCaptureFixture
     arguments = {"input_ids": IDS, "pad_token_id": 1, "do_sample": True, "max_new_tokens": 3}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        explanation = hf_paged.explain(model, **arguments, streamer=streamer, num_beams=2)
-    assert [r.code for r in explanation.reasons] == ["streamer"]
+        explanation = hf_paged.explain(model, **arguments, streamer=streamer, use_cache=False)
+    assert [r.code for r in explanation.reasons] == ["streamer", "use_cache"]
+    with pytest.raises(ValueError, match="beam search"):
+        hf_paged.explain(model, **arguments, streamer=streamer, num_beams=2)
     assert not caplog.records
     assert not explanation
     assert "streamer" in str(explanation)
