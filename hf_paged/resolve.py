@@ -49,7 +49,7 @@ def resolve_model(obj: Any) -> Any:
             break
         inner = getattr(inner, attribute)
     kind = type(obj).__name__
-    held = "" if inner is obj else f", which holds a {type(inner).__name__}"
+    held = "" if inner is obj else f" around a {type(inner).__name__}"
     hint = " (a class: pass an instance)" if isinstance(obj, type) else ""
     raise UnsupportedModelError(
         f"{kind}{held} holds no transformers PreTrainedModel{hint}: pass a model, a text-generation pipeline, a "

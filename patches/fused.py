@@ -27,7 +27,7 @@ def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of `model` that have a fused form, each with the function to run in a step."""
     found = []
     for module in model.modules():
-        cls = type(module)
+        cls: Any = type(module)
         name = qualified_name(cls)
         fused = _FUSED.get(name)
         # A forward somebody put on the instance is theirs to keep, in a step too.

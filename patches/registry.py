@@ -121,7 +121,7 @@ def unwrapped(module: Any) -> Any:
 def override_reason(model: Any, spec: PatchSpec) -> str | None:
     """Which part of `model` is not the family's own, or None."""
     for module, name in spec.structure(model):
-        cls = type(module)
+        cls: Any = type(module)
         reason = class_reason(cls, getattr(cls, "forward", None), name)
         if reason is not None:
             return reason

@@ -172,19 +172,17 @@ def _check_forward(walk: _Walk, module: nn.Module, state: dict[str, Any], ours: 
             walk.add("forward_replaced", f"{type(module).__name__}.forward was wrapped by {_name_of(top)}")
             return
         top = state.get("_old_forward")
-    if ours is not None and top is ours:
+    if ours is not None:
+        if top is not ours:
+            text = f"{type(module).__name__}.forward was replaced by {_name_of(top)} after enable"
+            walk.add("forward_replaced", text)
+            return
         top = ours.hf_paged_before
-    elif ours is not None:
-        walk.add(
-            "forward_replaced",
-            f"{type(module).__name__}.forward was replaced by {_name_of(top)} after enable",
-        )
-        return
-    if top is None or getattr(top, "hf_paged_step_only", False) or _is_own_method(module, top):
+    if top is None or _is_own_method(module, top):
         return
     if hasattr(top, "_torchdynamo_orig_callable"):
         walk.add("compiled_forward", f"{type(module).__name__}.forward runs through torch.compile")
-    elif not _is_mixed_precision(state):
+    elif not _is_mixed_precision(module, state):
         walk.add("forward_replaced", f"{type(module).__name__}.forward was replaced by {_name_of(top)}")
 
 
@@ -197,14 +195,14 @@ def _is_accelerate(forward: Any) -> bool:
     return getattr(function, "__module__", None) == "accelerate.hooks"
 
 
-def _is_mixed_precision(state: dict[str, Any]) -> bool:
+def _is_mixed_precision(module: nn.Module, state: dict[str, Any]) -> bool:
     """Whether `Accelerator.prepare` put autocast and a cast of outputs around the forward: both by token."""
-    forward = state.get("forward")
+    forward, original = state.get("forward"), state.get("_original_forward")
     function = getattr(forward, "__func__", forward)
-    return (
-        "_original_forward" in state
-        and getattr(function, "__module__", None) == "accelerate.utils.operations"
-    )
+    source = getattr(function, "__module__", None)
+    # The wrapper of outputs hides its origin behind the names of what it wraps.
+    wrapped = type(getattr(function, "__wrapped__", None)).__module__
+    return "accelerate.utils.operations" in (source, wrapped) and _is_own_method(module, original)
 
 
 def _accelerate_problem(hook: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Other libraries' changes to a model, made before the patch and while it is on: accelerate, PEFT, quantised linears."""
+"""Other libraries change a model, before the patch and while it is on: accelerate, PEFT, quantised linears."""
 
 from __future__ import annotations
 

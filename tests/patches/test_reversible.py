@@ -200,7 +200,7 @@ def test_a_failing_apply_leaves_nothing(model: Any, monkeypatch: pytest.MonkeyPa
 def test_applying_twice_is_refused_and_changes_nothing(model: Any) -> None:
     applied = patch(model)
     before = attributes(model)
-    with pytest.raises(UnsupportedModelError, match="attention layer 0 of this .* is already patched"):
+    with pytest.raises(UnsupportedModelError, match=r"attention layer 0 of this .* is already patched"):
         apply(model, registry.find(model))
     assert attributes(model) == before
     assert_paged_equals_plain(model, applied)
