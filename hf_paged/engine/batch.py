@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -25,28 +26,22 @@ def build(
 
     The arrays are filled on the host in numpy and cross to the device once each.
     """
-    num_tokens, num_seqs = plan.num_tokens, len(plan.sequences)
-    ids = np.empty(num_tokens, np.int64)
-    positions = np.empty(num_tokens, np.int64)
-    slots = np.empty(num_tokens, np.int64)
-    starts = np.zeros(num_seqs + 1, np.int32)
-    np.cumsum(plan.num_scheduled_tokens, out=starts[1:])
-    tables = np.zeros((num_seqs, max(len(s.block_table) for s in plan.sequences)), np.int32)
-    seq_lens = []
-    for i, (seq, count) in enumerate(zip(plan.sequences, plan.num_scheduled_tokens, strict=True)):
-        table, start = seq.block_table, seq.num_computed
-        tables[i, : len(table)] = table
-        seq_lens.append(start + count)
-        at = starts[i]
-        if count == 1:
-            ids[at] = seq.token_ids[start]
-            positions[at] = start
-            slots[at] = table[start // block_size] * block_size + start % block_size
-        else:
-            span = np.arange(start, start + count)
-            ids[at : at + count] = seq.token_ids[start : start + count]
-            positions[at : at + count] = span
-            slots[at : at + count] = tables[i, span // block_size].astype(np.int64) * block_size + span % block_size
+    sequences, counts, num_decodes = plan.sequences, plan.num_scheduled_tokens, plan.num_decodes
+    computed = np.fromiter((s.num_computed for s in sequences), np.int64, len(sequences))
+    query_lens = np.asarray(counts, np.int64)
+    starts = np.zeros(len(sequences) + 1, np.int32)
+    np.cumsum(query_lens, out=starts[1:])
+    seq_lens = computed + query_lens
+    tables = _pad_tables([s.block_table for s in sequences])
+
+    ids = np.empty(starts[-1], np.int64)
+    ids[:num_decodes] = [s.token_ids[s.num_computed] for s in sequences[:num_decodes]]
+    for seq, count, at in zip(sequences[num_decodes:], counts[num_decodes:], starts[num_decodes:], strict=False):
+        ids[at : at + count] = seq.token_ids[seq.num_computed : seq.num_computed + count]
+    # Position of a token = its sequence's computed tokens + its place among the new ones.
+    rows = np.repeat(np.arange(len(sequences)), query_lens)
+    positions = computed[rows] + np.arange(starts[-1]) - starts[rows]
+    slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
     def move(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -55,11 +50,11 @@ def build(
     metadata = PagedMetadata(
         slot_mapping=move(slots),
         block_tables=move(tables),
-        seq_lens=move(np.asarray(seq_lens, np.int32)),
+        seq_lens=move(seq_lens.astype(np.int32)),
         query_start_loc=move(starts),
-        num_decodes=plan.num_decodes,
-        query_lens_list=plan.num_scheduled_tokens,
-        seq_lens_list=seq_lens,
+        num_decodes=num_decodes,
+        query_lens_list=counts,
+        seq_lens_list=seq_lens.tolist(),
     )
     return StepInputs(
         owner=owner,
@@ -70,3 +65,11 @@ def build(
         backend=backend,
         kv_layer=kv_layer,
     )
+
+
+def _pad_tables(tables: list[list[int]]) -> np.ndarray:
+    """[S, longest] int32, zeros after each table's end."""
+    lens = np.fromiter(map(len, tables), np.int64, len(tables))
+    padded = np.zeros((len(tables), int(lens.max())), np.int32)
+    padded[np.arange(padded.shape[1]) < lens[:, None]] = np.fromiter(chain.from_iterable(tables), np.int32, int(lens.sum()))
+    return padded

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hf_paged.engine.request import Call
@@ -40,11 +41,11 @@ class Crank:
 
     # --- from any thread ----------------------------------------------------------------------------------------------
 
-    def run(self, call: Call) -> None:
-        """Returns when `call` has ended. An interrupt of the calling thread cancels this call only."""
+    def run(self, calls: Sequence[Call]) -> None:
+        """Returns when `calls` have ended. An interrupt of the calling thread cancels these calls only."""
         with self._mutex:
             self._wait_while_paused()
-            self._inbox.append(lambda: self._engine.take_up(call))
+            self._inbox.extend(partial(self._engine.take_up, call) for call in calls)
             self._callers += 1
             mine = not self._held and self._callers == 1
             self._held = self._held or mine
@@ -52,10 +53,12 @@ class Crank:
                 self._want_thread()
         try:
             if mine:
-                self._turn_for(call)
-            call.done.wait()
+                self._turn_for(calls)
+            for call in calls:
+                call.done.wait()
         except BaseException:
-            self.cancel(call)
+            for call in calls:
+                self.cancel(call)
             raise
         finally:
             with self._mutex:
@@ -65,7 +68,7 @@ class Crank:
     def submit(self, call: Call) -> None:
         with self._mutex:
             self._wait_while_paused()
-            self._inbox.append(lambda: self._engine.take_up(call))
+            self._inbox.append(partial(self._engine.take_up, call))
             self._want_thread()
 
     def cancel(self, call: Call) -> None:
@@ -136,17 +139,18 @@ class Crank:
         self._thread = threading.Thread(target=self._turn_until_done, name="hf_paged-engine", daemon=True)
         self._thread.start()
 
-    def _turn_for(self, call: Call) -> None:
-        """A lone caller turns until its call has ended or an engine thread shall take over."""
+    def _turn_for(self, calls: Sequence[Call]) -> None:
+        """A lone caller turns until its calls have ended or an engine thread shall take over."""
         try:
-            while not call.done.is_set() and not self._hand_over:
-                self._turn_once()
+            for call in calls:
+                while not call.done.is_set() and not self._hand_over:
+                    self._turn_once()
         except Exception as error:  # a defect in the engine itself: nobody may wait for ever
             self._engine.fail_all(error)
         except BaseException as error:
             # An interrupt may have come between two lines of bookkeeping. A holding caller is alone, so what is
             # running is its own call and whatever was submitted a moment ago; nothing half-done may survive.
-            self._engine.abandon(call, error)
+            self._engine.abandon(calls, error)
             raise
         finally:
             self._let_go()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,15 @@ class PagedEngine:
 
     def run(self, call: Call) -> None:
         """Runs `call` to its end in the calling thread or beside others; raises what went wrong with it."""
-        self._check(call)
-        self._crank.run(call)
+        self.run_all([call])
         if call.error is not None:
             raise call.error
+
+    def run_all(self, calls: SequenceOf[Call]) -> None:
+        """Runs several calls together and returns when all have ended; each keeps its own error."""
+        for call in calls:
+            self._check(call)
+        self._crank.run(calls)
 
     def submit(self, call: Call) -> None:
         """Takes `call` up and returns at once; it makes progress without anybody waiting. `call.done` tells the end."""
@@ -140,7 +146,8 @@ class PagedEngine:
     def _check(self, call: Call) -> None:
         if self._closed:
             raise EngineStateError("the model is not enabled any more")
-        capacity = self.capacity_tokens()
+        runtime = self._runtime or self._ready()
+        capacity = runtime.manager.max_blocks * runtime.manager.block_size
         for seq in call.sequences:
             if not seq.prompt_len:
                 raise InvalidRequestError("input_ids is empty: at least one token is needed")
@@ -304,23 +311,25 @@ class PagedEngine:
     def fail_all(self, error: BaseException) -> None:
         self.fail(list(self._calls), error)
 
-    def abandon(self, call: Call, error: BaseException) -> None:
+    def abandon(self, calls: SequenceOf[Call], error: BaseException) -> None:
         """After an interrupt anywhere in a step: starts from an empty runtime, since bookkeeping may be half-done.
 
-        `call` ends with `error`; other calls, submitted a moment ago, start again from their prompts and tokens.
+        `calls` end with `error`; others, submitted a moment ago, start again from their prompts and tokens.
         """
-        others = [c for c in self._calls if c is not call]
+        others = [c for c in self._calls if c not in calls]
         self._calls.clear()
         self._kept.clear()
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = None
-        for seq in (s for c in (call, *others) for s in c.sequences):
+        for seq in (s for c in (*calls, *others) for s in c.sequences):
             seq.block_table, seq.block_keys, seq.num_computed = [], [], 0
             if seq.status is Status.RUNNING:
                 seq.status = Status.WAITING
-        call.error = error
-        call.done.set()
+        for call in calls:
+            if not call.done.is_set():
+                call.error = error
+                call.done.set()
         for other in others:
             self._restart(other)
 

@@ -76,18 +76,13 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _adapter_state(model: nn.Module) -> bytes:
-    """Which adapters are active, merged, disabled and how they are scaled (PEFT tuner layers have these attributes)."""
+    """Which adapters are active, merged, disabled and how they are scaled; empty where there are none."""
     parts = []
     for module in model.modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+        # An attribute of PEFT's tuner layers only; the model itself has methods named like their other attributes.
+        if "merged_adapters" in module.__dict__:
+            scaling = sorted((getattr(module, "scaling", None) or {}).items())
             parts.append(
-                repr(
-                    (
-                        module.active_adapters,
-                        module.disable_adapters,
-                        getattr(module, "merged_adapters", None),
-                        sorted((getattr(module, "scaling", None) or {}).items()),
-                    )
-                )
+                repr((module.active_adapters, module.disable_adapters, module.merged_adapters, scaling))
             )
     return "|".join(parts).encode()

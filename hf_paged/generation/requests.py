@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import MaxLengthCriteria, MaxTimeCriteria
+from transformers import MaxLengthCriteria
 
 from hf_paged.engine.draws import Draws, LockstepDraws
 from hf_paged.engine.request import Call
@@ -89,4 +89,4 @@ def rows_go_on(prepared: Prepared) -> bool:
     """Whether rows that are finished keep getting real tokens: without EOS, e.g. after a stop string."""
     if has_eos(prepared) or len(prepared.input_ids) == 1:
         return False
-    return any(not isinstance(c, MaxLengthCriteria | MaxTimeCriteria) for c in prepared.criteria)
+    return any(not isinstance(c, MaxLengthCriteria) for c in prepared.criteria)
