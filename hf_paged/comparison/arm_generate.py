@@ -134,7 +134,7 @@ class PagedLoopArm(LoopArm):
     """The same calls as `LoopArm` with the model enabled."""
 
     name: ClassVar[str] = "hf_paged_loop"
-    title: ClassVar[str] = "hf_paged, generate() one by one"
+    title: ClassVar[str] = "hf_paged, one by one"
 
     def __init__(self, context: ArmContext, *, subset: int | None = None) -> None:
         super().__init__(context, subset=subset, paged=True)

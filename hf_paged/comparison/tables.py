@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.table import Table
+
+from hf_paged.config import PagedConfig
 
 if TYPE_CHECKING:
     from hf_paged.comparison.equality import Equality
@@ -28,7 +30,7 @@ def comparison_table(report: CompareReport) -> Table:
     )
     table.add_column("arm", no_wrap=True)
     for name in ("tokens/s", "hf_paged ×", "TTFT, s", "peak, MiB", "KV waste", "greedy tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for arm in report.arms:
         table.add_row(*_row(report, arm))
     return table
@@ -39,9 +41,7 @@ def notes(report: CompareReport) -> list[str]:
     lines = [f"workload: {note}" for note in report.workload["notes"]]
     for arm in report.arms:
         if arm.settings:
-            lines.append(
-                f"{arm.name}: " + ", ".join(f"{k}={v}" for k, v in arm.settings.items() if k != "call")
-            )
+            lines.append(f"{arm.name}: {_settings(arm.settings)}")
         if arm.runs and arm.runs[0].first_token_note:
             lines.append(f"{arm.name}: first token {arm.runs[0].first_token_note}")
         error = arm.median("relative_error")
@@ -122,3 +122,13 @@ def _difference_lines(entry: Equality) -> list[str]:
         f"{entry.near_ties} from a near tie on; "
         f"first: request {first.request}, token {first.position}, {what}"
     ]
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    """Settings in one line; of a config only what is not its default."""
+    parts = []
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if v != getattr(PagedConfig, k, None)} or "defaults"
+        parts.append(f"{key} {value}")
+    return ", ".join(parts)
