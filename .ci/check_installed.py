@@ -18,11 +18,10 @@ HUB_ID = "openai-community/gpt2"
 
 
 def quickstart(readme: str, model: str) -> str:
-    """The README's first Python block, with the hub id replaced by a local folder."""
-    block = re.search(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    assert block is not None, "the README has no Python block"
-    assert HUB_ID in block[1], f"the README's first Python block does not load {HUB_ID}"
-    return block[1].replace(HUB_ID, model)
+    """The README's Python blocks, in order, with the hub id replaced by a local folder."""
+    code = "".join(re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE))
+    assert HUB_ID in code, f"the README's Python blocks do not load {HUB_ID}"
+    return code.replace(HUB_ID, model)
 
 
 def check_generate(folder: str) -> None:
