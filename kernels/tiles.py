@@ -84,15 +84,24 @@ _PREFILL = {
     ("sm_90", 128): Tile(128, 64, 8, 3),
     ("sm_90", 256): Tile(64, 32, 8, 3),
     ("sm_80", 64): Tile(128, 64, 8, 3),
-    ("sm_80", 128): Tile(128, 64, 8, 2),
+    ("sm_80", 128): Tile(128, 32, 8, 3),
     ("sm_80", 256): Tile(64, 32, 8, 2),
     ("gfx942", 64): Tile(128, 64, 4, 2),
     ("gfx942", 128): Tile(128, 32, 4, 2),
     ("gfx942", 256): Tile(64, 32, 8, 2),
 }
 
+# Widening a one-byte cache takes registers which Ampere's MMA, with its operands in registers, does not have.
+_PREFILL_ONE_BYTE = {
+    ("sm_80", 64): Tile(128, 32, 8, 3),
+    ("sm_80", 128): Tile(64, 32, 4, 3),
+    ("sm_80", 256): Tile(32, 32, 8, 2),
+}
 
-def lookup(op: str, arch: str, head_size: int, group: int = 1, itemsize: int = 2) -> Tile:
+
+def lookup(
+    op: str, arch: str, head_size: int, *, group: int = 1, itemsize: int = 2, cache_itemsize: int = 2
+) -> Tile:
     """The tile of `op` ("decode" or "prefill") for one GPU generation, head size and group.
 
     Args:
@@ -100,6 +109,7 @@ def lookup(op: str, arch: str, head_size: int, group: int = 1, itemsize: int = 2
         head_size: 1 to 256.
         group: query heads that share a KV head (decode only).
         itemsize: bytes of an element as it is multiplied; 4 (float32) gets smaller tiles.
+        cache_itemsize: bytes of an element of the cache (prefill only).
     """
     if arch == "interpreter":
         return Tile(16, 16, 4, 1, chunk=32) if op == "decode" else Tile(16, 16, 4, 1)
@@ -109,6 +119,8 @@ def lookup(op: str, arch: str, head_size: int, group: int = 1, itemsize: int = 2
         tile = _DECODE[row_arch, head, 8 if group <= 8 else 16 if group <= 16 else 64]
     else:
         tile = _PREFILL[row_arch, head]
+        if cache_itemsize == 1:
+            tile = _PREFILL_ONE_BYTE.get((row_arch, head), tile)
     return _for_float32(tile) if itemsize == 4 else tile
 
 

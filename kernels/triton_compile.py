@@ -131,7 +131,8 @@ def report(case: str, target: str) -> Iterator[Report]:
         if target.startswith("gfx"):
             text = compiled.asm["amdgcn"]
             registers = _amd_number("vgpr_count", text)
-            spills = 4 * (_amd_number("vgpr_spill_count", text) + _amd_number("sgpr_spill_count", text))
+            # Scalar registers spill into lanes of vector registers, not into memory.
+            spills = 4 * _amd_number("vgpr_spill_count", text)
             matrix, copies = text.count("v_mfma"), text.count("buffer_load") + text.count("global_load")
         else:
             registers, spills = _nvidia_usage(compiled.asm["cubin"])

@@ -78,16 +78,15 @@ def _describe(op: str, index: int) -> Gpu:
     return Gpu(arch, num_sms, has_fp8=(major, minor) >= (8, 9))
 
 
-def compute_dtype(gpu: Gpu, *dtypes: torch.dtype) -> tl.dtype:
-    """The dtype in which operands of these dtypes are multiplied: theirs if they agree, else float32.
+def compute_dtype(gpu: Gpu, query: torch.dtype, cache: torch.dtype) -> tl.dtype:
+    """The dtype in which queries, keys and values are multiplied: theirs if they agree, else float32.
 
-    One-byte caches are not named here: they are widened to the dtype of the queries. The interpreter has no bfloat16
-    arithmetic (it works on the bits as integers), so there it is float32.
+    A one-byte cache is widened to the dtype of the queries. The interpreter has no bfloat16 arithmetic (it works on
+    the bits as integers), so there it is float32.
     """
-    first = dtypes[0]
-    if any(dtype != first for dtype in dtypes) or (first == torch.bfloat16 and gpu.arch == "interpreter"):
+    if (cache.itemsize > 1 and cache != query) or (query == torch.bfloat16 and gpu.arch == "interpreter"):
         return tl.float32
-    return _TL_DTYPES[first]
+    return _TL_DTYPES[query]
 
 
 def launch(

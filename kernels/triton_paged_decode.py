@@ -205,8 +205,8 @@ def paged_decode(
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
     gpu = gpu_of("paged_decode", query.device)
-    compute = _compute(gpu, query, k_cache)
-    tile = lookup("decode", gpu.arch, head_size, group, compute.primitive_bitwidth // 8)
+    compute = compute_dtype(gpu, query.dtype, k_cache.dtype)
+    tile = lookup("decode", gpu.arch, head_size, group=group, itemsize=compute.primitive_bitwidth // 8)
     programs = kv_heads * -(-group // tile.block_m)
     plan = metadata.plan
     capacity = metadata.block_tables.shape[1] * block_size
@@ -255,12 +255,6 @@ def paged_decode(
             num_warps=4,
             num_stages=1,
         )
-
-
-def _compute(gpu, query: Tensor, k_cache: Tensor) -> tl.dtype:
-    """The dtype of the products; a one-byte cache is widened to the query's."""
-    dtypes = (query.dtype,) if k_cache.element_size() == 1 else (query.dtype, k_cache.dtype)
-    return compute_dtype(gpu, *dtypes)
 
 
 def _workspace(plan: dict, query: Tensor, max_splits: int) -> tuple[Tensor, Tensor]:

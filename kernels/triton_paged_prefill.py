@@ -213,9 +213,9 @@ def paged_prefill(
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
     gpu = gpu_of("paged_prefill", query.device)
-    dtypes = (query.dtype,) if k_cache.element_size() == 1 else (query.dtype, k_cache.dtype)
-    compute = compute_dtype(gpu, *dtypes)
-    tile = lookup("prefill", gpu.arch, head_size, group, compute.primitive_bitwidth // 8)
+    compute = compute_dtype(gpu, query.dtype, k_cache.dtype)
+    itemsizes = {"itemsize": compute.primitive_bitwidth // 8, "cache_itemsize": k_cache.element_size()}
+    tile = lookup("prefill", gpu.arch, head_size, **itemsizes)
     pack = max(size for size in range(1, min(_MAX_PACK, group, tile.block_m) + 1) if group % size == 0)
     work = _work_list(metadata, tile.block_m // pack, query.device)
     launch(

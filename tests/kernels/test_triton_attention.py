@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from hf_paged.kernels import triton_backend
 from tests.kernels.triton_support import (
     DEVICE,
     Step,
@@ -15,8 +16,6 @@ from tests.kernels.triton_support import (
     make_step,
     poison_new_tensors,
 )
-
-from hf_paged.kernels import triton_backend  # isort: skip - after the interpreter is chosen
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

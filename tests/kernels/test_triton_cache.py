@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from hf_paged.kernels import reference, triton_backend
 from tests.kernels.triton_support import (
     DEVICE,
     assert_near,
@@ -14,8 +15,6 @@ from tests.kernels.triton_support import (
     make_step,
     poison_new_tensors,
 )
-
-from hf_paged.kernels import reference, triton_backend  # isort: skip - after the interpreter is chosen
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

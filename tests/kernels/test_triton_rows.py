@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_paged.kernels.triton_activation import gelu, silu_mul
+from hf_paged.kernels.triton_layer_norm import layer_norm
+from hf_paged.kernels.triton_rms_norm import rms_norm
 from tests.kernels.triton_support import DEVICE, assert_near, poison_new_tensors
-
-from hf_paged.kernels.triton_activation import gelu, silu_mul  # isort: skip - after the interpreter is chosen
-from hf_paged.kernels.triton_layer_norm import layer_norm  # isort: skip
-from hf_paged.kernels.triton_rms_norm import rms_norm  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -1,31 +1,26 @@
 """What the tests of the Triton kernels share: where they run, poisoned caches, ragged steps, and their truth.
 
-Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is first imported
-(`tests/conftest.py` does it for the whole run). With one, the same tests run the compiled kernels.
+Without a GPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 chooses before Triton is first imported,
+by us or by transformers: `tests/conftest.py` sets it. With a GPU the same tests run the compiled kernels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from hf_paged.kernels import reference
+from hf_paged.kernels.metadata import PagedMetadata
 
-triton = pytest.importorskip("triton", reason="Triton is not installed (it is in the `test` extra)")
-
-from hf_paged.kernels import reference  # noqa: E402 - after the choice of the interpreter
-from hf_paged.kernels.metadata import PagedMetadata  # noqa: E402
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 if not INTERPRETED and DEVICE.type == "cpu":
