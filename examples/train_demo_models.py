@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,10 +194,9 @@ def train(model: PreTrainedModel, documents: Sequence[Sequence[int]], steps: int
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+        bar.set_postfix(loss=f"{statistics.fmean(losses[-50:]):.3f}")
     model.eval()
-    tail = losses[-max(1, steps // 20) :]
-    return sum(tail) / len(tail)
+    return statistics.fmean(losses[-max(1, steps // 20) :])
 
 
 @torch.no_grad()
@@ -282,7 +282,7 @@ def main() -> None:
     train_documents, held_out_documents = load_corpus()
     print(f"{len(train_documents)} documents, corpus {corpus_digest(train_documents)}")
     tokenizer = train_tokenizer([doc.text for doc in train_documents], args.family)
-    encoded, held_out = encode(train_documents, tokenizer), encode(held_out_documents, tokenizer)
+    encoded, held_out = (encode(documents, tokenizer) for documents in (train_documents, held_out_documents))
     model = build_model(args.family, tokenizer)
     print(f"{model.num_parameters():,} parameters, {sum(map(len, encoded)):,} tokens")
 

@@ -18,8 +18,8 @@ from tests.helpers import DEMO_MODELS, FAMILIES, ROOT, demo_model, demo_tokenize
 
 PROMPTS = ROOT / "examples" / "prompts"
 MAX_BYTES = 2_000_000
-# Nats a token on the documents of mixed.jsonl, measured at 2.77, 3.08 and 3.20; guessing by frequency gives 5.9.
-LOSS_BOUND = {"gpt2": 2.9, "gpt_bigcode": 3.2, "llama": 3.35}
+# Nats a token on the documents of mixed.jsonl, measured at 2.77, 3.08 and 3.17; guessing by frequency gives 5.9.
+LOSS_BOUND = {"gpt2": 2.9, "gpt_bigcode": 3.2, "llama": 3.3}
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
