@@ -79,15 +79,18 @@ def launch(kernel: Callable[..., None], bins: int, *arguments: Any) -> None:
     import numba
 
     with _process.launch_lock:
-        before = numba.get_num_threads()
-        if before == bins:
-            kernel(bins, *arguments)
-            return
-        numba.set_num_threads(bins)
+        # In this order: asking numba may start its threading layer.
+        torch_before, before = torch.get_num_threads(), numba.get_num_threads()
+        if before != bins:
+            numba.set_num_threads(bins)
         try:
             kernel(bins, *arguments)
         finally:
-            numba.set_num_threads(before)
+            if before != bins:
+                numba.set_num_threads(before)
+            # Numba's OpenMP layer sets the thread count of the runtime it shares with torch when it starts.
+            if torch.get_num_threads() != torch_before:
+                torch.set_num_threads(torch_before)
 
 
 @functools.cache
