@@ -202,7 +202,7 @@ def train(model: PreTrainedModel, documents: Sequence[Sequence[int]], steps: int
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, documents: Sequence[Sequence[int]]) -> float:
     """Return the mean loss over the documents, one at a time, in nats a token."""
-    total, count = 0.0, 0
+    total = count = 0
     for ids in documents:
         row = torch.tensor([ids])
         total += model(row, labels=row, use_cache=False).loss.item() * (len(ids) - 1)
@@ -213,8 +213,7 @@ def held_out_loss(model: PreTrainedModel, documents: Sequence[Sequence[int]]) ->
 def unigram_entropy(documents: Sequence[Sequence[int]]) -> float:
     """Return the loss, in nats a token, of guessing every token by its frequency alone."""
     counts = Counter(token for ids in documents for token in ids)
-    total = sum(counts.values())
-    return -sum(n / total * math.log(n / total) for n in counts.values())
+    return -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
 
 
 @torch.no_grad()
@@ -241,15 +240,15 @@ def greedy_report(
         ended += int(new[-1] == tokenizer.eos_token_id)
         blank += "\n\n" in text
         defined += "def " in text
-    ordered = sorted(gaps)
+    gaps.sort()
     return {
         "tokens": len(gaps),
         "end_by_eos": ended / len(prompts),
         "blank_line": blank / len(prompts),
         "def": defined / len(prompts),
-        "gap_min": ordered[0],
-        "gap_0.1%": ordered[len(ordered) // 1000],
-        "gap_1%": ordered[len(ordered) // 100],
+        "gap_min": gaps[0],
+        "gap_0.1%": gaps[len(gaps) // 1000],
+        "gap_1%": gaps[len(gaps) // 100],
         "gaps_below_1e-4": sum(gap < 1e-4 for gap in gaps),
     }
 
@@ -279,10 +278,10 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    train_documents, held_out_documents = load_corpus()
-    print(f"{len(train_documents)} documents, corpus {corpus_digest(train_documents)}")
-    tokenizer = train_tokenizer([doc.text for doc in train_documents], args.family)
-    encoded, held_out = (encode(documents, tokenizer) for documents in (train_documents, held_out_documents))
+    documents, unseen = load_corpus()
+    print(f"{len(documents)} documents, corpus {corpus_digest(documents)}")
+    tokenizer = train_tokenizer([doc.text for doc in documents], args.family)
+    encoded, held_out = encode(documents, tokenizer), encode(unseen, tokenizer)
     model = build_model(args.family, tokenizer)
     print(f"{model.num_parameters():,} parameters, {sum(map(len, encoded)):,} tokens")
 
@@ -291,8 +290,8 @@ def main() -> None:
     save(model, tokenizer, args.output)
     report["held_out_loss"] = held_out_loss(model, held_out)
     report["unigram_entropy"] = unigram_entropy(held_out)
-    prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
-    report.update(greedy_report(model, tokenizer, prompts))
+    lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    report.update(greedy_report(model, tokenizer, [json.loads(line)["prompt"] for line in lines]))
     print(json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in report.items()}))
 
 
