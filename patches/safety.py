@@ -173,11 +173,12 @@ def _check_forward(walk: _Walk, module: nn.Module, state: dict[str, Any], ours: 
             return
         top = state.get("_old_forward")
     if ours is not None:
+        before = ours.hf_paged_before
         if top is not ours:
             text = f"{type(module).__name__}.forward was replaced by {_name_of(top)} after enable"
             walk.add("forward_replaced", text)
             return
-        top = ours.hf_paged_before
+        top = before
     if top is None or _is_own_method(module, top):
         return
     if hasattr(top, "_torchdynamo_orig_callable"):

@@ -89,6 +89,17 @@ def test_another_model_of_the_class_is_untouched(model: Any) -> None:
     assert torch.isnan(run.store[0][0]).all(), "another model's layers wrote to the store"
 
 
+def test_another_patched_model_runs_plain_in_a_step_of_this_one(model: Any) -> None:
+    other = make_model(model.config.model_type, seed=1)
+    expected = other(IDS).logits
+    applied = patch(model)
+    patch(other)
+    run = PackedRun(model, applied, random_prompts([5]))
+    with active_step(run.inputs([(0, 5)])), torch.no_grad():
+        assert torch.equal(other(IDS).logits, expected)
+    assert torch.isnan(run.store[0][0]).all()
+
+
 def test_plain_forward_and_training_are_bit_for_bit_the_same(model: Any) -> None:
     with torch.no_grad():
         logits = model(IDS).logits
@@ -164,12 +175,13 @@ def test_a_dropped_model_is_freed_while_the_patch_is_held(model: Any) -> None:
     mine = make_model(family)
     applied = patch(mine)
     PackedRun(mine, applied, random_prompts([5])).all_logits()
-    reference = weakref.ref(mine)
+    references = [weakref.ref(module) for module in mine.modules()]
     gc.collect()
     gc.disable()
     try:
         del mine
-        assert reference() is None, "only the garbage collector could free it"
+        alive = [reference() for reference in references if reference() is not None]
+        assert not alive, "only the garbage collector could free these"
     finally:
         gc.enable()
     with pytest.raises(ReferenceError, match="the patched model is gone"):
