@@ -33,6 +33,12 @@ def argmax_rows(logits: Tensor) -> Tensor:
     indices = torch.empty(logits.shape[0], dtype=torch.int64)
     bins = min(num_bins(logits.numel() * logits.element_size()), max(1, logits.shape[0]))
     launch(
-        kernels.argmax_rows_parallel, bins, logits.data_ptr(), logits.stride(0), logits.shape[1], indices.numpy(), tag
+        kernels.argmax_rows_parallel,
+        bins,
+        logits.data_ptr(),
+        logits.stride(0),
+        logits.shape[1],
+        indices.numpy(),
+        tag,
     )
     return indices

@@ -115,7 +115,11 @@ class _Step:
             query_len, seq_len = query_lens[index], seq_lens[index]
             if not is_long[index]:
                 first = seq_len - query_len + 1
-                rows.append(np.array([(token + i, index, first + i) for i in range(query_len)], np.int32).reshape(-1, 3))
+                rows.append(
+                    np.array([(token + i, index, first + i) for i in range(query_len)], np.int32).reshape(
+                        -1, 3
+                    )
+                )
             token += query_len
         only_decodes = len(rows) == 1 or all(len(part) == 0 for part in rows[1:])
         table = np.concatenate(rows)
@@ -153,6 +157,7 @@ def _attend_rows(
     sinks: Tensor | None,
 ) -> None:
     kernels = kernel_module("cpu_paged_decode")
+    assert kernels is not None, "rows are only planned where there are kernels"
     dtype = k_cache.dtype
     wide_query, wide_output = query, output
     if query.dtype != dtype:

@@ -1,7 +1,7 @@
 """Numba for the CPU kernels: how they are compiled and how they read and write numbers in memory.
 
-Kernels take addresses (int64) and not arrays: an address costs a tenth of a microsecond to pass, an array of bfloat16 does
-not exist in numpy. The type of a *tag* argument says what lies at an address:
+Kernels take addresses (int64) and not arrays: an address costs a tenth of a microsecond to pass, and an array of
+bfloat16 does not exist in numpy. The type of a *tag* argument says what lies at an address:
 
     float32   a float32 number
     uint16    the upper half of one: bfloat16
@@ -81,11 +81,16 @@ class _KernelCache(FunctionCache):
         self._cache_file._source_stamp = _source_digest()
 
     def load_overload(self, *args: Any) -> Any:
-        with contextlib.suppress(Exception):
+        try:
             return super().load_overload(*args)
+        except Exception:
+            # A damaged index would also keep everything compiled from now on from being saved.
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
 
     def save_overload(self, *args: Any) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             super().save_overload(*args)
 
 
@@ -205,12 +210,16 @@ def store_f32(typing_context, address, index, number):
 @intrinsic
 def float_bits(typing_context, number):
     """The 32 bits of a float32."""
-    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], _I32)
+    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], _I32
+    )
 
 
 @intrinsic
 def _float_from_bits(typing_context, bits):
-    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(args[0], _F32)
+    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], _F32
+    )
 
 
 @helper(inline="always", fastmath=FASTMATH)

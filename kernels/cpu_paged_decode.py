@@ -111,7 +111,18 @@ def _attend_bin(
             owners[place] = row
             state = states.ctypes.data + 4 * place * state_size
         _attend_span(
-            layer, token, block_tables[sequence], begin, end, shape, scale, softcap, scratch, state, io_tag, tag
+            layer,
+            token,
+            block_tables[sequence],
+            begin,
+            end,
+            shape,
+            scale,
+            softcap,
+            scratch,
+            state,
+            io_tag,
+            tag,
         )
         if state == local:
             output = layer.output + token * heads * shape.head_size * item_bytes(io_tag)

@@ -1,9 +1,9 @@
-"""How the CPU backend runs numba kernels beside torch: how many threads, one launch at a time, what holds after a fork.
+"""How the CPU backend runs numba kernels beside torch: how many threads, one launch at a time, what a fork changes.
 
-Three facts shape this file. Numba's OpenMP layer kills a forked child that enters it; its workqueue layer aborts when two
-threads launch at once; and torch's thread count is the user's wish. So a forked child stays on one thread (which needs no
-threading layer), parallel launches take turns, and each asks torch how many threads it may use and leaves numba's own
-number as it was.
+Three facts shape this file. Numba's OpenMP layer kills a forked child that enters it; its workqueue layer aborts
+when two threads launch at once; and torch's thread count is the user's wish. So a forked child stays on one thread,
+which needs no threading layer; parallel launches take turns; and each asks torch how many threads it may use, and
+leaves numba's own number as it was.
 
 Importing this file does not import numba.
 """
@@ -52,7 +52,7 @@ def in_forked_child() -> bool:
 
 @functools.cache
 def kernel_module(name: str) -> ModuleType | None:
-    """The module `hf_paged.kernels.<name>` of numba kernels, or None (and one warning) where numba cannot be imported."""
+    """The module `hf_paged.kernels.<name>` of numba kernels; None, and one warning, where numba cannot be imported."""
     try:
         importlib.import_module("numba")
     except Exception as error:  # a numba that does not fit its numpy raises more than ImportError

@@ -148,8 +148,8 @@ def copy_blocks(
 def resolve_backend(device: torch.device | str, requested: str = "auto") -> str:
     """The backend for tensors on `device`: "auto" is "cpu" on the CPU and "triton" on CUDA.
 
-    Where the package behind an automatic choice is missing, or this process is a fork of one that ran the numba
-    kernels (they cannot run again in a child), the answer is "reference", with one warning a reason.
+    Where the package behind an automatic choice is missing, the answer is "reference", with one warning. A forked child
+    keeps "cpu": that backend then stays on one thread, which is safe, and faster than the reference.
 
     Raises:
         ValueError: an unknown backend, or one which cannot run on the device.
@@ -161,7 +161,9 @@ def resolve_backend(device: torch.device | str, requested: str = "auto") -> str:
     if requested != "auto" and requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: must be 'auto', {', '.join(map(repr, BACKENDS))}")
     if requested not in ("auto", native):
-        raise ValueError(f"backend={requested!r}: cannot run on {kind!r}; supported there: {native!r}, 'reference'")
+        raise ValueError(
+            f"backend={requested!r}: cannot run on {kind!r}; supported there: {native!r}, 'reference'"
+        )
     if native is None:
         return "reference"
     package = {"cpu": "numba", "triton": "triton"}[native]
@@ -188,7 +190,8 @@ def _backend(name: str) -> ModuleType:
 def _check_cache(op: str, k_cache: Tensor, v_cache: Tensor, backend: str) -> None:
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         raise ValueError(
-            f"{op}: k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must both be [N, B, H_kv, D]"
+            f"{op}: k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}; "
+            "both must be [N, B, H_kv, D]"
         )
     if k_cache.dtype != v_cache.dtype or k_cache.device != v_cache.device:
         raise ValueError(f"{op}: k_cache and v_cache must have one dtype and one device")
@@ -222,9 +225,13 @@ def _check_packed(op: str, name: str, tensor: Tensor, k_cache: Tensor) -> None:
     if tensor.dtype not in _REFERENCE_DTYPES:
         raise ValueError(f"{op}: {name} of dtype {tensor.dtype}; supported: {_SUPPORTED}")
     if tensor.device != k_cache.device:
-        raise ValueError(f"{op}: {name} on device {tensor.device}, k_cache on {k_cache.device}; must be one device")
+        raise ValueError(
+            f"{op}: {name} on device {tensor.device}, k_cache on {k_cache.device}; must be one device"
+        )
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
-        raise ValueError(f"{op}: {name} with strides {tensor.stride()}; its last dimension must be contiguous")
+        raise ValueError(
+            f"{op}: {name} with strides {tensor.stride()}; its last dimension must be contiguous"
+        )
 
 
 def _check_indices(op: str, name: str, indices: Tensor, count: int, k_cache: Tensor) -> None:
@@ -233,7 +240,9 @@ def _check_indices(op: str, name: str, indices: Tensor, count: int, k_cache: Ten
             f"{op}: {name} of dtype {indices.dtype} and shape {tuple(indices.shape)}; expected int64 [{count}]"
         )
     if indices.device != k_cache.device:
-        raise ValueError(f"{op}: {name} on device {indices.device}, k_cache on {k_cache.device}; must be one device")
+        raise ValueError(
+            f"{op}: {name} on device {indices.device}, k_cache on {k_cache.device}; must be one device"
+        )
 
 
 def _check_attention(

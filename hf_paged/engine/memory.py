@@ -103,7 +103,7 @@ def _rlimit_headroom(proc: Path) -> Iterator[int]:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """"Name:  123 kB" lines as bytes."""
+    """ "Name:  123 kB" lines as bytes."""
     fields = {}
     for line in _lines(path):
         name, _, rest = line.partition(":")
