@@ -18,14 +18,14 @@ from hf_paged.engine.request import Call
 from hf_paged.errors import EngineStateError, RequestCancelledError
 
 if TYPE_CHECKING:
-    from hf_paged.engine.engine import PagedEngine
+    from hf_paged.engine.loop import StepLoop
 
 
 class Crank:
     """The turning of one engine: `run`, `submit`, `cancel` and `call_soon` may come from any thread."""
 
-    def __init__(self, engine: PagedEngine) -> None:
-        self._engine = engine
+    def __init__(self, loop: StepLoop) -> None:
+        self._loop = loop
         self._mutex = threading.Lock()
         self._idle = threading.Condition(self._mutex)
         self._inbox: deque[Callable[[], object]] = deque()
@@ -45,7 +45,7 @@ class Crank:
         """Returns when `calls` have ended. An interrupt of the calling thread cancels these calls only."""
         with self._mutex:
             self._wait_while_paused()
-            self._inbox.extend(partial(self._engine.take_up, call) for call in calls)
+            self._inbox.extend(partial(self._loop.take_up, call) for call in calls)
             self._callers += 1
             mine = not self._held and self._callers == 1
             self._held = self._held or mine
@@ -68,12 +68,12 @@ class Crank:
     def submit(self, call: Call) -> None:
         with self._mutex:
             self._wait_while_paused()
-            self._inbox.append(partial(self._engine.take_up, call))
+            self._inbox.append(partial(self._loop.take_up, call))
             self._want_thread()
 
     def cancel(self, call: Call) -> None:
         def end() -> None:
-            self._engine.fail([call], RequestCancelledError("the request was cancelled"))
+            self._loop.fail([call], RequestCancelledError("the request was cancelled"))
 
         call.cancelled = True
         if not call.done.is_set():
@@ -94,7 +94,7 @@ class Crank:
     def drain(self) -> None:
         """Returns when nobody turns and nothing is left to do."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._held and not self._inbox and not self._engine.has_work)
+            self._idle.wait_for(lambda: not self._held and not self._inbox and not self._loop.has_work)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -121,7 +121,7 @@ class Crank:
 
     def close(self, error: BaseException) -> None:
         """Ends every call with `error` and returns when nobody turns any more."""
-        self.call_soon(lambda: self._engine.fail_all(error))
+        self.call_soon(lambda: self._loop.fail_all(error))
         self.drain()
 
     # --- turning ------------------------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ class Crank:
                 while not call.done.is_set() and not self._hand_over:
                     self._turn_once()
         except Exception as error:  # a defect in the engine itself: nobody may wait for ever
-            self._engine.fail_all(error)
+            self._loop.fail_all(error)
         except BaseException as error:
             # An interrupt may have come between two lines of bookkeeping. A holding caller is alone, so what is
             # running is its own call and whatever was submitted a moment ago; nothing half-done may survive.
-            self._engine.abandon(calls, error)
+            self._loop.abandon(calls, error)
             raise
         finally:
             self._let_go()
@@ -158,14 +158,14 @@ class Crank:
     def _turn_until_done(self) -> None:
         while True:
             try:
-                while self._engine.has_work or self._inbox:
+                while self._loop.has_work or self._inbox:
                     self._turn_once()
             except BaseException as error:
-                self._engine.fail_all(error)
+                self._loop.fail_all(error)
             with self._mutex:
-                if self._inbox or self._engine.has_work:
+                if self._inbox or self._loop.has_work:
                     continue
-                self._engine.went_idle()
+                self._loop.went_idle()
                 self._held = False
                 self._thread = None
                 self._idle.notify_all()
@@ -174,16 +174,16 @@ class Crank:
     def _turn_once(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
-        if self._engine.has_work:
-            self._engine.step()
+        if self._loop.has_work:
+            self._loop.step()
 
     def _let_go(self) -> None:
         """A caller stops turning: an engine thread goes on if anything is left."""
         with self._mutex:
-            if self._inbox or self._engine.has_work:
+            if self._inbox or self._loop.has_work:
                 self._start_thread()
                 return
-            self._engine.went_idle()
+            self._loop.went_idle()
             self._held = False
             self._hand_over = False
             self._idle.notify_all()

@@ -55,6 +55,11 @@ class Runtime:
         self.sampler = Sampler(_argmax_for(self.device, self.backend))
         self.runner = ModelRunner(self.device)
 
+    @property
+    def capacity_tokens(self) -> int:
+        """Most tokens one sequence can hold."""
+        return self.manager.max_blocks * self.manager.block_size
+
     def trim(self) -> None:
         """Gives back what lies beyond the last block that is used or cached, once it is worth the page faults later."""
         if self.manager.num_free > self.manager.slack_blocks:

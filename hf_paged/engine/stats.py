@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_paged.engine.runtime import Runtime
+    from hf_paged.engine.scheduler import Scheduler
 
 
 @dataclass
@@ -53,3 +57,47 @@ class Counters:
     peak_blocks_if_unshared: int = 0
     preemptions_before: int = 0  # the scheduler's counters at the last reset
     prefix_hits_before: int = 0
+
+    def count_step(self, scheduler: Scheduler, num_sequences: int) -> None:
+        """After a step of `num_sequences` sequences, before its finished ones leave."""
+        manager, running = scheduler.manager, scheduler.running
+        self.steps += 1
+        self.sum_running += num_sequences
+        self.peak_running = max(self.peak_running, len(running))
+        blocks = tokens = 0
+        for seq in running:
+            blocks += len(seq.block_table)
+            tokens += seq.num_computed
+        self.used_slots += blocks * manager.block_size
+        self.waste_slots += blocks * manager.block_size - tokens
+        used = manager.num_used
+        if used >= self.peak_blocks_used:
+            self.peak_blocks_used = used
+            self.peak_blocks_if_unshared = max(self.peak_blocks_if_unshared, blocks)
+
+
+def snapshot(counters: Counters, runtime: Runtime | None) -> EngineStats:
+    """The counters, and the KV cache as it stands."""
+    c = counters
+    stats = EngineStats(
+        native_calls=c.native_calls,
+        fallback_calls=dict(c.fallback_calls),
+        requests=c.requests,
+        prompt_tokens=c.prompt_tokens,
+        generated_tokens=c.generated_tokens,
+        steps=c.steps,
+        peak_running=c.peak_running,
+        kv_waste=c.waste_slots / c.used_slots if c.used_slots else 0.0,
+        peak_blocks_used=c.peak_blocks_used,
+        peak_blocks_if_unshared=c.peak_blocks_if_unshared,
+        mean_running=c.sum_running / c.steps if c.steps else 0.0,
+    )
+    if runtime is not None:
+        scheduler, manager = runtime.scheduler, runtime.manager
+        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
+        stats.preemptions = scheduler.num_preemptions - c.preemptions_before
+        stats.prefix_hit_tokens = scheduler.prefix_hit_tokens - c.prefix_hits_before
+        stats.kv_blocks_total, stats.kv_blocks_used = manager.num_blocks, manager.num_used
+        stats.kv_blocks_cached, stats.kv_blocks_free = manager.num_cached, manager.num_free
+        stats.kv_bytes = runtime.cache.held_bytes
+    return stats

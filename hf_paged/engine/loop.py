@@ -1,0 +1,286 @@
+"""The life of a step: plan, forward, sample, finish. Only the holder of the crank calls what is here."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_paged.config import PagedConfig
+from hf_paged.engine import batch
+from hf_paged.engine.request import Call, FinishReason, Sequence, Status
+from hf_paged.engine.runtime import Runtime
+from hf_paged.engine.stats import Counters
+from hf_paged.errors import EngineStateError, InvalidRequestError, RequestCancelledError
+from hf_paged.step import StepPlan
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Patch(Protocol):
+        """What the engine needs of `hf_paged.patches.apply.AppliedPatch`."""
+
+        owner: object
+
+        def layer_geometry(self) -> list: ...
+        def reasons(self) -> list[tuple[str, str]]: ...
+        def revert(self) -> None: ...
+
+
+class StepLoop:
+    """Takes calls up, runs their steps and ends them. Holds the model weakly."""
+
+    def __init__(self, model: nn.Module, patch: Patch, config: PagedConfig) -> None:
+        self._model = weakref.ref(model)
+        self.patch = patch
+        self.config = config
+        self.counters = Counters()
+        self.runtime: Runtime | None = None
+        self.calls: dict[Call, None] = {}
+        self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise EngineStateError("the model of this engine no longer exists")
+        return model
+
+    def ready(self) -> Runtime:
+        """The runtime for the model as it is now: rebuilt when dtype, device or shapes changed while idle."""
+        geometry = tuple(self.patch.layer_geometry())
+        runtime = self.runtime
+        if runtime is not None and runtime.geometry == geometry:
+            return runtime
+        if runtime is not None:
+            if self.calls or self.kept:
+                raise EngineStateError("the model's dtype, device or layers changed while requests were running")
+            runtime.close()
+        self.runtime = Runtime(geometry, self.config)
+        return self.runtime
+
+    def take_up(self, call: Call) -> None:
+        """Called by the crank holder for each new call."""
+        try:
+            runtime = self.ready()
+        except Exception as error:
+            call.error = error
+            call.done.set()
+            return
+        self.calls[call] = None
+        self.counters.requests += len(call.sequences)
+        self.counters.prompt_tokens += sum(s.prompt_len for s in call.sequences)
+        runtime.scheduler.add(call)
+
+    @property
+    def has_work(self) -> bool:
+        return self.runtime is not None and self.runtime.scheduler.has_work
+
+    def step(self) -> None:
+        """Plans and runs one step. An exception of the forward fails the calls that were in it, nobody else."""
+        runtime = self.runtime
+        if runtime is None:
+            return
+        plan = runtime.scheduler.schedule()
+        if plan is None:
+            self._fail_stuck(runtime)
+            return
+        now = time.perf_counter()
+        for seq in plan.sequences:
+            if seq.call.first_scheduled_at is None:
+                seq.call.first_scheduled_at = now
+        try:
+            logits = self._forward(runtime, plan)
+        except Exception as error:
+            self.fail(dict.fromkeys(s.call for s in plan.sequences), error)
+            return
+        runtime.scheduler.advance(plan)
+        self.counters.count_step(runtime.scheduler, len(plan.sequences))
+        if plan.sample_indices:
+            self._sample(runtime, plan, logits)
+
+    def _forward(self, runtime: Runtime, plan: StepPlan) -> Tensor:
+        if plan.block_copies:
+            runtime.cache.copy_blocks(plan.block_copies, runtime.backend)
+        inputs = batch.build(
+            plan,
+            block_size=runtime.manager.block_size,
+            owner=self.patch.owner,
+            backend=runtime.backend,
+            device=runtime.device,
+            kv_layer=runtime.cache.layer,
+        )
+        return runtime.runner.forward(self.model, inputs, plan.sequences[0].call.ambient)
+
+    def _sample(self, runtime: Runtime, plan: StepPlan, logits: Tensor) -> None:
+        """A next token for each sequence that reached its last one, and for those forked from it just now."""
+        sequences = [plan.sequences[i] for i in plan.sample_indices]
+        rows = list(range(len(sequences)))
+        for row, seq in enumerate(tuple(sequences)):
+            if seq.num_generated == 0 and len(seq.call.sequences) > 1:
+                for child in runtime.scheduler.fork_children(seq):
+                    sequences.append(child)
+                    rows.append(row)
+        if len(rows) > len(plan.sample_indices):
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        with sequences[0].call.ambient.enter():
+            tokens = runtime.sampler.sample(logits, sequences)
+        failed: dict[Call, BaseException] = {}
+        accepted: list[Sequence] = []
+        now = time.perf_counter()
+        for seq, token in zip(sequences, tokens, strict=True):
+            if isinstance(token, BaseException):
+                failed.setdefault(seq.call, token)
+                continue
+            seq.token_ids.append(token)
+            accepted.append(seq)
+            if seq.finish_reason is None:
+                self.counters.generated_tokens += 1
+            if seq.call.first_token_at is None:
+                seq.call.first_token_at = now
+            if seq.call.on_token is not None and seq.finish_reason is None:
+                seq.call.on_token(seq, token)
+        for call, error in failed.items():
+            self.fail([call], error)
+        self._finish(runtime, [s for s in accepted if s.call not in failed])
+
+    def _finish(self, runtime: Runtime, sequences: list[Sequence]) -> None:
+        """Ends the sequences whose new token was their last, and the calls whose last sequence ended."""
+        ended: list[Sequence] = []
+        touched: dict[Call, None] = {}
+        for seq, reason in zip(sequences, runtime.sampler.stops(sequences), strict=True):
+            if seq.finish_reason is None:
+                if reason is None:
+                    continue
+                seq.finish_reason = reason
+                seq.num_kept = seq.num_generated
+                if not seq.call.run_on:
+                    ended.append(seq)
+            touched[seq.call] = None
+        for call in touched:
+            if call.run_on and call.has_run_out:
+                ended.extend(call.sequences)
+        if ended:
+            self._retire(runtime, ended)
+        for call in touched:
+            if all(s.status is Status.FINISHED for s in call.sequences):
+                self._complete(call)
+
+    def _retire(self, runtime: Runtime, sequences: list[Sequence]) -> None:
+        kept = [s for s in sequences if s.call.keep_kv]
+        runtime.scheduler.remove(kept, keep_blocks=True)
+        self.kept.update(kept)
+        runtime.scheduler.remove(s for s in sequences if not s.call.keep_kv)
+
+    def _complete(self, call: Call) -> None:
+        self.calls.pop(call, None)
+        call.finished_at = time.perf_counter()
+        if call.on_finish is not None:
+            call.on_finish(call)
+        call.done.set()
+
+    # --- endings ------------------------------------------------------------------------------------------------------
+
+    def fail(self, calls: Iterable[Call], error: BaseException) -> None:
+        """Ends `calls` with `error`; their blocks go back. Crank holder only."""
+        for call in calls:
+            if call not in self.calls:
+                continue
+            if self.runtime is not None:
+                self.runtime.scheduler.remove(call.sequences)
+            cancelled = isinstance(error, RequestCancelledError)
+            for seq in call.sequences:
+                if seq.finish_reason is None:
+                    seq.finish_reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
+                    seq.num_kept = seq.num_generated
+            call.error = error
+            self._complete(call)
+
+    def fail_all(self, error: BaseException) -> None:
+        self.fail(list(self.calls), error)
+
+    def abandon(self, calls: SequenceOf[Call], error: BaseException) -> None:
+        """After an interrupt anywhere in a step: starts from an empty runtime, since bookkeeping may be half-done.
+
+        `calls` end with `error`; others, submitted a moment ago, start again from their prompts and tokens.
+        """
+        others = [c for c in self.calls if c not in calls]
+        self.calls.clear()
+        self.kept.clear()
+        if self.runtime is not None:
+            self.runtime.close()
+            self.runtime = None
+        for seq in (s for c in (*calls, *others) for s in c.sequences):
+            seq.block_table, seq.block_keys, seq.num_computed = [], [], 0
+            if seq.status is Status.RUNNING:
+                seq.status = Status.WAITING
+        for call in calls:
+            if not call.done.is_set():
+                call.error = error
+                call.done.set()
+        for other in others:
+            self._restart(other)
+
+    def restart_empty(self) -> None:
+        """In a forked child: the parent's calls are not ours."""
+        self.calls.clear()
+        self.kept.clear()
+        self.runtime = None
+
+    def _restart(self, call: Call) -> None:
+        self.calls[call] = None
+        self.ready().scheduler.add(call)
+
+    def _fail_stuck(self, runtime: Runtime) -> None:
+        """Nothing can be scheduled though something waits: the pool shrank under it or kept blocks fill it."""
+        stuck = dict.fromkeys(s.call for s in (*runtime.scheduler.running, *runtime.scheduler.waiting))
+        if stuck:
+            self.fail(
+                stuck,
+                InvalidRequestError(
+                    f"no block is free for a waiting request: {runtime.manager.max_blocks} blocks, "
+                    f"{sum(len(s.block_table) for s in self.kept)} of them kept for returned past_key_values"
+                ),
+            )
+
+    # --- when nothing runs ----------------------------------------------------------------------------------------------
+
+    def release_kept(self, call: Call) -> None:
+        for seq in call.sequences:
+            if seq in self.kept:
+                self.kept.discard(seq)
+                if self.runtime is not None:
+                    self.runtime.manager.free(seq)
+
+    def went_idle(self) -> None:
+        """Called by the crank holder when nothing is left to run."""
+        if self.runtime is not None:
+            self.runtime.trim()
+
+    def drop_cached(self) -> None:
+        if self.runtime is not None:
+            self.runtime.manager.drop_cached()
+
+    def release_memory(self) -> None:
+        """Gives all KV memory back, unless something runs again or blocks are kept for the user."""
+        if self.runtime is not None and not self.calls and not self.kept:
+            self.runtime.close()
+            self.runtime = None
+
+    def reset_counters(self) -> None:
+        self.counters = Counters()
+        if self.runtime is not None:
+            self.counters.preemptions_before = self.runtime.scheduler.num_preemptions
+            self.counters.prefix_hits_before = self.runtime.scheduler.prefix_hit_tokens
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self.kept.clear()
+        if self.runtime is not None:
+            self.runtime.close()
+            self.runtime = None
