@@ -74,7 +74,7 @@ def early_reasons(
     model: GenerativeModel, replaced: Any, engine: PagedEngine, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[FallbackReason]:
     """Reasons that are plain before upstream's preparation runs, which may touch a streamer or a hub."""
-    if os.environ.get("HF_PAGED_DISABLE", "").lower() not in ("", "0", "false", "no"):
+    if os.environ.get("HF_PAGED_DISABLE", "") not in ("", "0"):
         return [reason("disabled")]
     found = [FallbackReason(code, text) for code, text in engine.patch.reasons()]
     if replaced is not None:
@@ -141,7 +141,7 @@ def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared
     if (text := sampling.unsupported(prepared.processors, prepared.criteria)) is not None:
         found.append(reason("processors", text))
     if not inputs and prepared.input_ids.numel():
-        found += _length_reasons(engine, prepared)
+        found += length_reasons(engine, prepared)
     return found
 
 
@@ -255,7 +255,8 @@ def _usual_positions(positions: Tensor | None, mask: Tensor | None, input_ids: T
     return positions.shape == expected.shape and bool((positions == expected).all())
 
 
-def _length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[FallbackReason]:
+def length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[FallbackReason]:
+    """Reasons that lie in the number of tokens alone."""
     limit = prepared.max_length
     if limit is None or not math.isfinite(limit):
         yield reason("no_length_limit")

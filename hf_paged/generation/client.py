@@ -45,17 +45,14 @@ class EngineClient:
             generation_config, kwargs: as for `generate`.
             adapter: reserved; None.
             priority: requests with a lower number run first when not all can run.
-            seed: of this request's random numbers, which depend on nothing else then. None: a seed is drawn
-                from the
-                global generator, so that requests submitted in the same order after one `set_seed` repeat.
+            seed: of this request's random numbers, which depend on nothing else then. None: a seed is drawn from
+                the global generator, so that requests submitted in the same order after one `set_seed` repeat.
             logprobs: report each new token's log-probability and those of this many likeliest tokens.
             tokenizer: needed with `stop_strings`.
 
         Raises:
             InvalidRequestError: the request is malformed, refused by upstream's own checks, or can never fit.
-            FallbackError: an option only the original `generate()` can serve. There is no falling back
-            here, because
-                that would block.
+            FallbackError: an option only the original `generate()` can serve; falling back here would block.
             EngineStateError: the model is not enabled any more.
         """
         if adapter is not None:

@@ -19,8 +19,7 @@ __all__ = ["GenerationResult", "RequestHandle", "RequestMetrics"]
 
 
 class RequestHandle:
-    """One submitted request. It makes progress whether or not anybody waits; dropping the handle cancels
-    nothing.
+    """One submitted request. It makes progress unwaited, and dropping the handle cancels nothing.
 
     for token in handle: ...            # token ids as they come; each iteration starts at the first one
     async for token in handle: ...

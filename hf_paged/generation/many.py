@@ -52,8 +52,8 @@ def generate_many(
         kwargs: as for `generate`, the same for all prompts.
 
     Raises:
-        InvalidRequestError: a request is malformed or can never fit. Nothing ran; the message names its
-            index. FallbackError: a request cannot be native and `fallback="error"`. Nothing ran.
+        InvalidRequestError: a request is malformed or can never fit. Nothing ran; the message names it.
+        FallbackError: a request cannot be native and `fallback="error"`. Nothing ran.
     """
     if adapters is not None:
         raise InvalidRequestError(f"adapters={adapters!r}: adapters chosen per request are not supported yet")
@@ -132,10 +132,14 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
 
 def _run_all(engine: PagedEngine, calls: list[Call], advance: Callable[[], object]) -> None:
     """Runs the calls together and returns when all have ended, in whatever way."""
+
+    def on_finish(call: Call) -> None:
+        advance()
+
     for call in calls:
         engine.count_native()
         call.submitted_at = time.perf_counter()
-        call.on_finish = lambda _call: advance()
+        call.on_finish = on_finish
     engine.run_all(calls)
 
 

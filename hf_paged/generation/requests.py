@@ -33,9 +33,8 @@ def build_call(
         draws: random numbers of a sampled call; by default the global generator's, in upstream's order.
         namespace: from `engine.namespace`, for many calls at one moment; by default as of now.
         logprobs: how many of the likeliest tokens to report beside the chosen one; None for none.
-        outputs: respect `return_dict_in_generate` of the prepared config: record scores and logits, keep
-            the blocks, and
-            let finished rows go on with pads as upstream does, so that scores and the returned cache are its.
+        outputs: respect `return_dict_in_generate` of the prepared config: record scores and logits, keep the
+            blocks, and let finished rows go on with pads as upstream does, for its scores and its cache.
     """
     config, ids = prepared.config, prepared.input_ids
     num_rows = len(ids)

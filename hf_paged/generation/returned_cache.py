@@ -34,7 +34,9 @@ class UnfilledCache(DynamicCache):
     def __init__(self, empty: DynamicCache, engine: PagedEngine, call: Call) -> None:
         # The parent's __init__ would set the attributes whose absence tells that nothing is filled yet.
         self.__dict__["_source"] = (empty, engine, call)
-        self.__dict__["_release"] = weakref.finalize(self, engine.release_kv, call)
+        release = weakref.finalize(self, engine.release_kv, call)
+        release.atexit = False  # the pool goes with the process
+        self.__dict__["_release"] = release
         with _lock:
             _pending.setdefault(engine, weakref.WeakSet()).add(self)
 

@@ -44,6 +44,7 @@ def tokens(results: list[Any]) -> list[list[int]]:
         {"min_new_tokens": 5, "eos_token_id": list(range(3, 40))},
         {"max_length": 45, "max_new_tokens": None, "forced_eos_token_id": 1},
         {"exponential_decay_length_penalty": (2, 1.5), "begin_suppress_tokens": [7, 8]},
+        {"min_length": 20, "suppress_tokens": [9], "eos_token_id": list(range(3, 40))},
     ],
     ids=lambda options: next(iter(options), "greedy"),
 )
