@@ -47,6 +47,10 @@ FAMILIES = {
     "llama-32-4x64": Heads(32, 4, 64),
     "llama-32-8x128": Heads(32, 8, 128),
     "llama-32-32x128": Heads(32, 32, 128),
+    # No family of ours, but supported: padded heads and the largest.
+    "odd-8-2x80": Heads(8, 2, 80),
+    "odd-8-4x256": Heads(8, 4, 256),
+    "odd-32-1x256": Heads(32, 1, 256),
 }
 
 #: Those with other caches and options too: one of few rows, one of many, one between.

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from hf_paged.kernels import triton_backend
+from hf_paged.kernels import ops, triton_backend
 from tests.kernels.triton_support import (
     DEVICE,
     Step,
@@ -204,6 +204,13 @@ def test_a_prompt_in_chunks_equals_the_prompt_in_one_piece():
         qkv = whole.query[rows], whole.key[rows], whole.value[rows]
         actual = triton_backend.paged_attention(*qkv, k_cache, v_cache, metadata, scale=SCALE)
         torch.testing.assert_close(actual, expected[rows], atol=1e-6, rtol=1e-6)
+
+
+def test_the_front_door_leads_here():
+    step = make_step([1, 5], [20, 9], num_decodes=1, heads=4, kv_heads=2)
+    expected = exact_attention(step, scale=SCALE)
+    arguments = step.query, step.key, step.value, step.k_cache, step.v_cache, step.metadata
+    assert_near(ops.paged_attention(*arguments, scale=SCALE, backend="triton"), expected, torch.float32)
 
 
 def test_layers_of_one_step_share_the_plan():
