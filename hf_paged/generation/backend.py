@@ -119,6 +119,8 @@ def is_ours(function: Any) -> bool:
 def _decode(
     model: GenerativeModel, engine: PagedEngine, prepared: Prepared, early: Sequence[FallbackReason] = ()
 ) -> Any:
+    # First of all: the model may have another dtype now than the blocks that are still kept.
+    fill_pending(engine)
     reasons = [*early, *late_reasons(model, engine, prepared)]
     if reasons:
         report_fallback(engine, reasons)
@@ -127,7 +129,6 @@ def _decode(
 
 
 def _run(engine: PagedEngine, prepared: Prepared) -> Any:
-    fill_pending(engine)
     call = build_call(engine, prepared)
     engine.count_native()
     try:

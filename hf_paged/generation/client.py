@@ -45,8 +45,8 @@ class EngineClient:
             generation_config, kwargs: as for `generate`.
             adapter: reserved; None.
             priority: requests with a lower number run first when not all can run.
-            seed: of this request's random numbers, which depend on nothing else then. None: a seed is drawn from
-                the global generator, so that requests submitted in the same order after one `set_seed` repeat.
+            seed: of this request's random numbers, which then depend on nothing else. None: one is drawn from
+                the global generator, so that requests submitted in equal order after one `set_seed` repeat.
             logprobs: report each new token's log-probability and those of this many likeliest tokens.
             tokenizer: needed with `stop_strings`.
 

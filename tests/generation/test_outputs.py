@@ -172,6 +172,26 @@ def test_a_later_call_fills_caches_that_are_still_open(pair: tuple[Any, Any]) ->
     assert_same_cache(actual.past_key_values, expected.past_key_values, 1)
 
 
+@pytest.mark.parametrize("change", ["disable", "double", "release_memory"])
+def test_an_open_cache_survives_what_happens_to_the_model(pair: tuple[Any, Any], change: str) -> None:
+    model = pair[1]
+    expected, actual = both(pair, **BATCH, max_new_tokens=5, return_dict_in_generate=True)
+    if change == "double":
+        model.double().generate(**BATCH, max_new_tokens=2)
+    else:
+        getattr(hf_paged, change)(model)
+    assert_same_cache(actual.past_key_values, expected.past_key_values, 1)
+
+
+def test_an_open_cache_outlives_its_model() -> None:
+    model = make_model("llama")
+    hf_paged.enable(model, backend="reference", kv_cache_memory="1MiB")
+    output = model.generate(**BATCH, max_new_tokens=5, return_dict_in_generate=True)
+    del model
+    gc.collect()
+    assert output.past_key_values.get_seq_length() == 13
+
+
 def test_caches_can_be_filled_before_the_pool_goes(pair: tuple[Any, Any]) -> None:
     model = pair[1]
     kwargs = BATCH | {"max_new_tokens": 5, "return_dict_in_generate": True}
