@@ -157,6 +157,7 @@ def _reasons_after(
         return []
     if args:
         kwargs = {n: argument(model, args, kwargs, n) for n in _POSITIONAL} | dict(kwargs)
+    fill_pending(engine)
     looked_at = dict(kwargs)
     if looked_at.get("streamer") is not None:
         looked_at["streamer"] = _Deaf()

@@ -12,7 +12,6 @@ from hf_paged.engine.draws import SeededDraws
 from hf_paged.errors import FallbackError, InvalidRequestError
 from hf_paged.generation.handle import RequestHandle
 from hf_paged.generation.requests import build_call
-from hf_paged.generation.returned_cache import fill_pending
 from hf_paged.generation.single import RequestPreparer
 from hf_paged.generation.view import GenerativeModel
 
@@ -69,7 +68,6 @@ class EngineClient:
         draws = None
         if prepared.config.do_sample:
             draws = SeededDraws(fresh_seed() if seed is None else seed)
-        fill_pending(self._engine)
         call = build_call(
             self._engine, prepared, draws=draws, logprobs=logprobs, priority=priority, outputs=False
         )

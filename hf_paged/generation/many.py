@@ -18,7 +18,6 @@ from hf_paged.generation.fallback import report_fallback
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.requests import build_call
 from hf_paged.generation.results import GenerationResult, RequestMetrics, result_of
-from hf_paged.generation.returned_cache import fill_pending
 from hf_paged.generation.single import Request, RequestPreparer
 from hf_paged.generation.view import GenerativeModel
 
@@ -62,7 +61,6 @@ def generate_many(
         return []
     if engine.config.fallback == "error":
         _refuse_fallbacks(requests)
-    fill_pending(engine)
     # Drawn only when wanted: greedy runs leave the global generator alone.
     sampled = any(r.prepared is None or r.prepared.config.do_sample for r in requests)
     seed = fresh_seed() if sampled else 0

@@ -18,6 +18,7 @@ from hf_paged.errors import InvalidRequestError
 from hf_paged.generation.checks import early_reasons, late_reasons, length_reasons
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.prepared import Prepared, prepare
+from hf_paged.generation.returned_cache import fill_pending
 from hf_paged.generation.view import GenerativeModel, HubDecodingMode
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class RequestPreparer:
         for name, why in _NOT_FOR_REQUESTS.items():
             if kwargs.get(name) is not None:
                 raise InvalidRequestError(f"{name} is not an option of a single request: {why}")
+        fill_pending(engine)
         self._model = model
         self._engine = engine
         self._kwargs = dict(kwargs)

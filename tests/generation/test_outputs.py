@@ -172,12 +172,14 @@ def test_a_later_call_fills_caches_that_are_still_open(pair: tuple[Any, Any]) ->
     assert_same_cache(actual.past_key_values, expected.past_key_values, 1)
 
 
-@pytest.mark.parametrize("change", ["disable", "double", "release_memory"])
+@pytest.mark.parametrize("change", ["disable", "bfloat16", "double", "release_memory"])
 def test_an_open_cache_survives_what_happens_to_the_model(pair: tuple[Any, Any], change: str) -> None:
     model = pair[1]
     expected, actual = both(pair, **BATCH, max_new_tokens=5, return_dict_in_generate=True)
-    if change == "double":
-        model.double().generate(**BATCH, max_new_tokens=2)
+    if change == "double":  # which is not native
+        assert not hf_paged.explain(model.double(), **BATCH, max_new_tokens=2)
+    elif change == "bfloat16":
+        model.bfloat16().generate(**BATCH, max_new_tokens=2)
     else:
         getattr(hf_paged, change)(model)
     assert_same_cache(actual.past_key_values, expected.past_key_values, 1)
