@@ -1,6 +1,6 @@
 """The CPU backend: which path each op takes.
 
-    one to eight new tokens a sequence    numba rows over the blocks (`cpu_paged_decode`), each token a row of its own
+    a few new tokens a sequence           numba rows over the blocks (`cpu_paged_decode`), each token a row of its own
     longer queries                        torch's SDPA, a sequence at a time (`cpu_paged_prefill`)
     longer queries, softcap or sinks      the reference
     no numba, float16 without f16c        as longer queries
@@ -27,8 +27,8 @@ from hf_paged.kernels.reference import copy_blocks
 
 __all__ = ["copy_blocks", "paged_attention", "store_kv"]
 
-#: Queries up to this long are attended token by token.
-_MAX_ROW_QUERY = 8
+#: Queries up to this long are attended token by token: measured against SDPA, with cached tokens and without.
+_MAX_ROW_QUERY, _MAX_ROW_PROMPT = 16, 32
 _NO_SINKS = np.empty(0, np.float32)
 
 
@@ -106,7 +106,10 @@ class _Step:
     @classmethod
     def of(cls, metadata: PagedMetadata, *, has_kernels: bool) -> _Step:
         query_lens, seq_lens = metadata.query_lens_list, metadata.seq_lens_list
-        is_long = [not has_kernels or query_len > _MAX_ROW_QUERY for query_len in query_lens]
+        is_long = [
+            not has_kernels or query_len > (_MAX_ROW_PROMPT if query_len == seq_len else _MAX_ROW_QUERY)
+            for query_len, seq_len in zip(query_lens, seq_lens, strict=True)
+        ]
         decodes = 0 if not has_kernels else metadata.num_decodes
         tokens = np.arange(decodes, dtype=np.int32)
         rows = [np.stack([tokens, tokens, np.asarray(seq_lens[:decodes], np.int32)], axis=1)]
@@ -114,12 +117,11 @@ class _Step:
         for index in range(decodes if has_kernels else 0, metadata.num_seqs):
             query_len, seq_len = query_lens[index], seq_lens[index]
             if not is_long[index]:
-                first = seq_len - query_len + 1
-                rows.append(
-                    np.array([(token + i, index, first + i) for i in range(query_len)], np.int32).reshape(
-                        -1, 3
-                    )
-                )
+                part = np.empty((query_len, 3), np.int32)
+                part[:, 0] = np.arange(token, token + query_len)
+                part[:, 1] = index
+                part[:, 2] = np.arange(seq_len - query_len + 1, seq_len + 1)
+                rows.append(part)
             token += query_len
         only_decodes = len(rows) == 1 or all(len(part) == 0 for part in rows[1:])
         table = np.concatenate(rows)

@@ -34,7 +34,7 @@ __all__ = [
     "copy_bits",
     "dtype_tag",
     "entry",
-    "exp2",
+    "exp",
     "helper",
     "item_bytes",
     "load",
@@ -223,10 +223,12 @@ def _float_from_bits(typing_context, bits):
 
 
 @helper(inline="always", fastmath=FASTMATH)
-def exp2(x):
-    """2**x in float32 to 2 units in the last place, for x <= 0; below -126 it stays at the least normal number."""
+def exp(x):
+    """e**x in float32 for x <= 0; below -87 it stays at the least normal number."""
     # Written so that NaN passes the comparison and comes out as NaN.
-    x = np.float32(-126.0) if x < np.float32(-126.0) else x
+    x = np.float32(-87.3) if x < np.float32(-87.3) else x
+    # As 2**whole * 2**r, the second by its Taylor series for |r| <= 1/2.
+    x = x * np.float32(1.4426950408889634)
     whole = np.floor(x + np.float32(0.5))
     r = x - whole
     y = np.float32(1.5252734e-5)

@@ -100,18 +100,16 @@ def _sdpa(
     several: bool,
     scale: float,
 ) -> Tensor:  # [count * q, H, D]
-    heads, kv_heads = query.shape[1], keys.shape[1]
-    # [count, H_kv, H / H_kv, tokens, D], of which the first two axes are SDPA's batch.
-    q = query.unflatten(1, (kv_heads, heads // kv_heads)).unflatten(0, (count, -1)).permute(0, 2, 3, 1, 4)
-    k, v = (x.unflatten(0, (count, -1)).permute(0, 2, 1, 3).unsqueeze(2) for x in (keys, values))
+    heads, kv_heads, head_size = query.shape[1], *keys.shape[1:]
+    group = heads // kv_heads
     causal = mask is None and several
-    if heads == kv_heads:
-        attended = scaled_dot_product_attention(
-            q.squeeze(2), k.squeeze(2), v.squeeze(2), attn_mask=mask, is_causal=causal, scale=scale
-        ).unsqueeze(2)
-    else:
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        k, v = (x.expand(-1, heads // kv_heads, -1, -1) for x in (k, v))
+    k, v = (x.view(count, -1, kv_heads, head_size).transpose(1, 2) for x in (keys, values))
+    if group == 1:
+        q = query.view(count, -1, heads, head_size).transpose(1, 2)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-        attended = attended.unflatten(0, (count, kv_heads))
-    return attended.permute(0, 3, 1, 2, 4).reshape(query.shape)
+        return attended.transpose(1, 2).reshape(query.shape)
+    # [count * H_kv, group, tokens, D]: SDPA's head axis is the group, along which keys are expanded.
+    q = query.view(count, -1, kv_heads, group, head_size).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
+    attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return attended.unflatten(0, (count, kv_heads)).permute(0, 3, 1, 2, 4).reshape(query.shape)

@@ -3,7 +3,7 @@
 Four tokens at a time are read from front to back for all heads, so memory is read in order and once, whatever the
 number of query heads to a KV head. The softmax is online: what is known of a row so far is its *state*,
 
-    weighted values [H, D] | highest score [H] | sum of weights [H]        float32; scores in units of log 2
+    weighted values [H, D] | highest score [H] | sum of weights [H]        float32
 
 and states of parts of a row merge. Arguments are addresses; see `hf_paged.kernels.cpu_jit`.
 """
@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_paged.kernels.cpu_jit import FASTMATH, exp2, helper, item_bytes, load, load_f32, store, store_f32
+from hf_paged.kernels.cpu_jit import FASTMATH, exp, helper, item_bytes, load, load_f32, store, store_f32
 
-__all__ = ["CHUNK", "LOG2_E", "RowShape", "add_values", "clear", "dot_keys", "finish", "merge", "weigh"]
+__all__ = ["CHUNK", "RowShape", "add_values", "clear", "dot_keys", "finish", "merge", "weigh"]
 
 #: Tokens whose scores are held at a time.
 CHUNK = 64
-LOG2_E = np.float32(1.4426950408889634)
 _ZERO = np.float32(0)
 #: Stands for "no score yet": finite, so that a difference of two is never NaN.
 _LOWEST = np.float32(-1e30)
@@ -132,15 +131,15 @@ def weigh(scores, state, count, shape, softcap):
         before = load_f32(highest, head)
         top = before
         for t in range(count):
-            score = load_f32(row, t) * LOG2_E
+            score = load_f32(row, t)
             top = score if score > top else top
         total = _ZERO
         for t in range(count):
-            weight = exp2(load_f32(row, t) * LOG2_E - top)
+            weight = exp(load_f32(row, t) - top)
             store_f32(row, t, weight)
             total += weight
         if top != before:
-            factor = exp2(before - top)
+            factor = exp(before - top)
             total += load_f32(totals, head) * factor
             sums = state + 4 * head * shape.head_size
             for d in range(shape.head_size):
@@ -170,10 +169,10 @@ def finish(state, output, shape, sinks, tag):
         total = load_f32(state, heads * (head_size + 1) + head)
         factor = np.float32(1)
         if sinks.size > 0:
-            sink = sinks[head] * LOG2_E
+            sink = sinks[head]
             highest = max(top, sink)
-            factor = exp2(top - highest)
-            total = total * factor + exp2(sink - highest)
+            factor = exp(top - highest)
+            total = total * factor + exp(sink - highest)
         # A row without keys has no weights: its output is zero.
         factor = _ZERO if total == _ZERO else factor / total
         for d in range(head_size):
@@ -188,7 +187,7 @@ def merge(state, other, shape):
         at_top, at_total = heads * head_size + head, heads * (head_size + 1) + head
         top0, top1 = load_f32(state, at_top), load_f32(other, at_top)
         top = max(top0, top1)
-        factor0, factor1 = exp2(top0 - top), exp2(top1 - top)
+        factor0, factor1 = exp(top0 - top), exp(top1 - top)
         store_f32(state, at_top, top)
         store_f32(state, at_total, load_f32(state, at_total) * factor0 + load_f32(other, at_total) * factor1)
         for i in range(head * head_size, (head + 1) * head_size):

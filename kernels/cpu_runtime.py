@@ -90,7 +90,7 @@ def launch(kernel: Callable[..., None], bins: int, *arguments: Any) -> None:
                 numba.set_num_threads(before)
             # Numba's OpenMP layer sets the thread count of the runtime it shares with torch when it starts.
             if torch.get_num_threads() != torch_before:
-                torch.set_num_threads(torch_before)
+                torch.set_num_threads(torch_before)  # noqa: TID251 - puts the user's choice back
 
 
 @functools.cache

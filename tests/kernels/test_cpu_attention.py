@@ -12,7 +12,21 @@ from tests.kernels.paged_case import make_case, sdpa_error
 
 #: Lengths around the borders of blocks (16), tiles (16), chunks (64) and several of them.
 EDGES = [1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 255, 256, 257]
-MIXED = [(1, 1), (1, 17), (1, 300), (3, 3), (8, 40), (1, 65), (9, 9), (9, 9), (33, 33), (20, 100), (64, 65)]
+#: Decodes, queries attended row by row, and longer ones: alone, in equal neighbours, and after cached tokens.
+MIXED = [
+    (1, 1),
+    (1, 17),
+    (1, 300),
+    (1, 65),
+    (3, 3),
+    (8, 40),
+    (32, 32),
+    (33, 33),
+    (40, 40),
+    (40, 40),
+    (20, 100),
+    (64, 65),
+]
 
 
 @pytest.fixture(params=[1, 2, 5], ids="bins={}".format)
@@ -26,10 +40,16 @@ def bins(request, monkeypatch):
 def assert_exact(case, **options):
     expected = case.truth(**options)
     before = case.copy()
+    # Large scores cost any float32 attention digits: twice what the reference loses is allowed.
+    lost = (
+        (case.copy().run("reference", **options).double() - expected).abs().max().item()
+        if case.lengths
+        else 0
+    )
     actual = case.run("cpu", **options)
     assert actual.dtype == case.query.dtype
     assert actual.is_contiguous()
-    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual.double(), expected, atol=max(1e-5, 2 * lost), rtol=0)
     # The step's keys and values are in their slots, and no other slot was touched.
     reference.store_kv(before.key, before.value, before.k_cache, before.v_cache, before.slot_mapping)
     for name in ("k_cache", "v_cache"):
@@ -71,7 +91,7 @@ def test_several_tokens_of_one_sequence_read_each_other(bins):
 
 
 @pytest.mark.parametrize(
-    "lengths", [[(1, 30), (1, 300)], [(3, 40), (40, 40)], MIXED], ids=["decode", "few", "mixed"]
+    "lengths", [[(1, 30), (1, 300)], [(3, 40), (16, 30), (40, 40)], MIXED], ids=["decode", "few", "mixed"]
 )
 @pytest.mark.parametrize(
     "options",
@@ -166,7 +186,7 @@ def test_an_empty_step():
 @pytest.mark.parametrize("kv_heads, group", [(12, 1), (8, 4), (1, 48), (3, 3), (1, 1)])
 def test_the_whole_grid(dtype, block_size, kv_heads, group):
     lengths = [(1, n) for n in EDGES] + [
-        (q, n) for q, n in itertools.product([2, 8, 9, 16, 31], EDGES) if n >= q
+        (q, n) for q, n in itertools.product([2, 16, 17, 32, 33, 63], EDGES) if n >= q
     ]
     for head_size in (32, 40, 64, 80, 96, 128, 256):
         case = make_case(

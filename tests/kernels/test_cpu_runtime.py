@@ -91,6 +91,17 @@ def test_torchs_thread_count_is_obeyed_and_numbas_left_alone(monkeypatch):
     assert seen == [(1, 1), (2, 2), (2, 2)]
 
 
+def test_starting_numbas_threads_leaves_torchs_thread_count():
+    code = """
+        import torch
+        torch.set_num_threads(1)
+        from tests.kernels.paged_case import make_case
+        make_case([(1, 3000)]).run("cpu")
+        print(torch.get_num_threads())
+    """
+    assert run_python(code, OMP_NUM_THREADS=None, NUMBA_NUM_THREADS="2").strip() == "1"
+
+
 def test_small_work_stays_on_one_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(cpu_runtime, "_numba_threads", lambda: 64)
@@ -108,7 +119,7 @@ def test_a_forked_child_answers_without_threads(lock_held):
         from hf_paged.kernels.cpu_argmax import argmax_rows
         from tests.kernels.paged_case import make_case
         torch.set_num_threads(1)  # torch's own pool does not survive a fork either
-        case = make_case([(1, 3000), (1, 2000), (3, 9), (20, 30)], group=2)
+        case = make_case([(1, 3000), (1, 2000), (3, 9), (40, 50)], group=2)
         expected = case.truth()
         cpu_runtime.num_bins = lambda work: 2
         case.run("cpu")
@@ -190,7 +201,7 @@ def test_numba_that_cannot_be_imported(monkeypatch):
     for cache in caches:
         cache.cache_clear()
     try:
-        case = make_case([(1, 30), (20, 20)], group=2)
+        case = make_case([(1, 30), (40, 40)], group=2)
         expected = case.truth()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
