@@ -42,11 +42,18 @@ def paged_attention(
     Raises:
         ValueError: an unsupported dtype, head size, layout, GPU or mix of devices.
     """
-    scales = {"k_scales": k_scales, "v_scales": v_scales}
-    store_kv(key, value, k_cache, v_cache, metadata.slot_mapping, **scales)
+    store_kv(key, value, k_cache, v_cache, metadata.slot_mapping, k_scales=k_scales, v_scales=v_scales)
     return attend(
-        *(query, k_cache, v_cache, metadata),
-        **{"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "sinks": sinks, **scales},
+        query,
+        k_cache,
+        v_cache,
+        metadata,
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scales=k_scales,
+        v_scales=v_scales,
     )
 
 
@@ -56,44 +63,67 @@ def attend(
     v_cache: Tensor,  # [N, B, H_kv, D]
     metadata: PagedMetadata,
     *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
-    **options: Any,
 ) -> Tensor:
     """`paged_attention` for keys and values that are already in their slots (after `store_kv_rope`, say).
 
     Raises:
         ValueError: as `paged_attention`.
     """
+    _check(query, k_cache, v_cache, metadata, sinks, k_scales, v_scales)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "k_scales": k_scales,
+        "v_scales": v_scales,
+    }
+    make = torch.empty if _covers_all_tokens(metadata, query.shape[0]) else torch.zeros
+    output = make(query.shape, dtype=query.dtype, device=query.device)
+    decodes = metadata.num_decodes
+    if decodes:
+        paged_decode(output, query[:decodes], k_cache, v_cache, metadata, **options)
+    if decodes < metadata.num_seqs:
+        paged_prefill(output, query, k_cache, v_cache, metadata, **options)
+    return output
+
+
+def _check(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: PagedMetadata,
+    sinks: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+) -> None:
     op = "paged_attention"
     check_cache(op, k_cache, v_cache, k_scales, v_scales)
+    tables, lengths, starts = metadata.block_tables, metadata.seq_lens, metadata.query_start_loc
     check_tensors(
-        *(op, k_cache.device),
-        **{
-            "query": query,
-            "sinks": sinks,
-            "block_tables": metadata.block_tables,
-            "seq_lens": metadata.seq_lens,
-        },
-        query_start_loc=metadata.query_start_loc,
+        op, k_cache.device, query=query, sinks=sinks, block_tables=tables, seq_lens=lengths, starts=starts
     )
     check_dtype(op, "query", query)
-    num_tokens, heads, head_size = query.shape
+    heads, head_size = query.shape[1:]
     kv_heads = k_cache.shape[2]
     if head_size != k_cache.shape[3] or heads % kv_heads:
         raise ValueError(
             f"{op}: query of {heads} heads of size {head_size} over a cache of {kv_heads} heads of size "
             f"{k_cache.shape[3]}; sizes must be equal and the heads a multiple"
         )
-    options |= {"sinks": sinks, "k_scales": k_scales, "v_scales": v_scales}
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    decodes = metadata.num_decodes
-    if decodes:
-        paged_decode(output, query[:decodes], k_cache, v_cache, metadata, **options)
-    if decodes < metadata.num_seqs:
-        paged_prefill(output, query, k_cache, v_cache, metadata, **options)
-    used = decodes + sum(metadata.query_lens_list[decodes:])
-    if used < num_tokens:
-        output[used:].zero_()
-    return output
+
+
+def _covers_all_tokens(metadata: PagedMetadata, num_tokens: int) -> bool:
+    """Whether the launches write every row; decode writes its padding too. Found once a step."""
+    key = "triton.covers_all_tokens"
+    if key not in metadata.plan:
+        decodes = metadata.num_decodes
+        new = metadata.query_lens_list[decodes:]
+        metadata.plan[key] = decodes + sum(new) == num_tokens and 0 not in metadata.seq_lens_list[decodes:]
+    return metadata.plan[key]

@@ -137,8 +137,9 @@ def _store(shape: Heads, variant: str) -> None:
 
 def _store_rope(shape: Heads, variant: str) -> None:
     k_cache, v_cache, scales = _caches(shape, VARIANTS[variant][1])
-    angles = _meta(64, shape.head_size), _meta(64, shape.head_size)
-    store_kv_rope(*_fused_qkv(64, shape), *angles, k_cache, v_cache, _meta(64, dtype=torch.int64), **scales)
+    query, key, value = _fused_qkv(64, shape)
+    angles = _meta(64, shape.head_size)
+    store_kv_rope(query, key, value, angles, angles, k_cache, v_cache, _meta(64, dtype=torch.int64), **scales)
 
 
 def _copy(shape: Heads, variant: str) -> None:

@@ -68,7 +68,7 @@ def copy_blocks(
     if src.shape != dst.shape or src.dim() != 1:
         raise ValueError(f"{op}: src {tuple(src.shape)} and dst {tuple(dst.shape)}; must both be [n]")
     _copy(k_cache, v_cache, src, dst)
-    if k_cache.dtype == torch.int8:
+    if k_scales is not None and v_scales is not None and k_cache.dtype == torch.int8:
         _copy(k_scales, v_scales, src, dst)
 
 

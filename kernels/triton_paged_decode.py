@@ -17,11 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_paged.kernels.metadata import PagedMetadata
-from hf_paged.kernels.tiles import decode_splits, head_tile, lookup, next_power_of_2
+from hf_paged.kernels.tiles import decode_splits, head_tile, lookup
 from hf_paged.kernels.triton_attention import attend_tile, host_scale, load_rows, locate_rows, resolve_sink
 from hf_paged.kernels.triton_launch import compute_dtype, gpu_of, launch
 
 __all__ = ["paged_decode"]
+
+#: Splits combined at a time; one number, so that no bound on splits compiles a variant of its own.
+_COMBINE_SPLITS = 16
 
 
 @triton.jit
@@ -37,7 +40,8 @@ def _chunking(i_len, min_chunk, max_splits, WINDOW: tl.constexpr):
     return chunk, i_first, i_first // chunk, tl.cdiv(i_len, chunk)
 
 
-@triton.jit(do_not_specialize=["min_chunk", "max_splits"])
+# A value of these that happens to be 1 or a multiple of 16 must not compile a variant in the middle of serving.
+@triton.jit(do_not_specialize=["stride_table", "min_chunk", "max_splits"])
 def paged_decode_kernel(
     p_out,  # [S, H, D] contiguous
     p_partial,  # [S, H, max_splits, D] fp32 contiguous, or None when max_splits is 1
@@ -250,7 +254,7 @@ def paged_decode(
             H=heads,
             D=head_size,
             WINDOW=window,
-            BLOCK_S=min(32, next_power_of_2(max_splits)),
+            BLOCK_S=_COMBINE_SPLITS,
             BLOCK_D=block_d,
             num_warps=4,
             num_stages=1,
@@ -260,7 +264,7 @@ def paged_decode(
 def _workspace(plan: dict, query: Tensor, max_splits: int) -> tuple[Tensor, Tensor]:
     """Partial outputs and their weights, one pair for all layers of like shape on one device; never initialised."""
     num_seqs, heads, head_size = query.shape
-    key = ("triton.decode", query.device, num_seqs, heads, head_size, max_splits)
+    key = f"triton.decode {query.device} {num_seqs} {heads} {head_size} {max_splits}"
     if key not in plan:
         partial = torch.empty(
             num_seqs, heads, max_splits, head_size, dtype=torch.float32, device=query.device

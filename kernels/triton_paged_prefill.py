@@ -87,7 +87,7 @@ def _attend_range(
     return b_m, b_l, b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def paged_prefill_kernel(
     p_out,  # [T, H, D] contiguous
     p_query,  # [T, H, D]
@@ -251,12 +251,14 @@ def paged_prefill(
 
 def _work_list(metadata: PagedMetadata, block_q: int, device: torch.device) -> Tensor:
     """[tiles, 2] int32 on `device`: (sequence, its first new token) of each tile, most keys first; once a step."""
-    key = ("triton.prefill", device, block_q)
+    key = f"triton.prefill {device} {block_q}"
     if key not in metadata.plan:
         tiles = []
         for index in range(metadata.num_decodes, metadata.num_seqs):
             query_len, seq_len = metadata.query_lens_list[index], metadata.seq_lens_list[index]
             context = seq_len - query_len
+            if seq_len == 0:
+                continue
             tiles += [
                 (-min(context + start + block_q, seq_len), index, start)
                 for start in range(0, query_len, block_q)

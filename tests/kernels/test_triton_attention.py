@@ -94,6 +94,13 @@ def test_padding_rows_are_zero_with_sinks_and_window_too():
     check(step, scale=SCALE, sinks=torch.ones(2, device=DEVICE), sliding_window=3)
 
 
+def test_padded_runs_of_tokens_are_zero():
+    step = make_step([3, 20, 2], [0, 25, 0])
+    output = run(step, scale=SCALE)
+    assert_near(output, exact_attention(step, scale=SCALE), torch.float32)
+    assert (output[[0, 1, 2, 23, 24]] == 0).all()
+
+
 def test_tokens_of_no_sequence_come_out_zero():
     step = make_step([4], [4])
     metadata = dataclasses.replace(step.metadata, query_lens_list=[3], seq_lens_list=[3])
@@ -216,7 +223,11 @@ def test_the_front_door_leads_here():
 def test_layers_of_one_step_share_the_plan():
     step = make_step([1, 9], [50, 9], num_decodes=1)
     run(step, scale=SCALE)
-    made = {key: value for key, value in step.metadata.plan.items() if isinstance(key, tuple)}
+    made = {
+        key: value
+        for key, value in step.metadata.plan.items()
+        if key.startswith(("triton.decode", "triton.prefill"))
+    }
     assert len(made) == 2
     run(step, scale=SCALE)
     assert all(step.metadata.plan[key] is value for key, value in made.items())
@@ -245,9 +256,9 @@ def test_offsets_past_two_to_the_31_elements():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [8, 16, 48, 128])
+@pytest.mark.parametrize("block_size", [8, 48, 128])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (48, 1)])
-@pytest.mark.parametrize("head_size", [32, 64, 96, 128])
+@pytest.mark.parametrize("head_size", [32, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("variant", ["plain", "all"])
 def test_full_grid(block_size, heads, kv_heads, head_size, dtype, variant):
