@@ -17,8 +17,8 @@ from hf_paged.config import PagedConfig
 from hf_paged.engine import registry
 from hf_paged.engine.engine import PagedEngine
 from hf_paged.engine.stats import EngineStats
-from hf_paged.errors import ConfigError, EngineStateError
-from hf_paged.resolve import resolve_model
+from hf_paged.errors import ConfigError, EngineStateError, UnsupportedModelError
+from hf_paged.resolve import lost_by_resolving, resolve_model
 
 if TYPE_CHECKING:
     from hf_paged.generation.client import EngineClient
@@ -67,6 +67,7 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
                 rope_limit=spec.rope_limit(model),
             )
             engine.front = front
+            engine.replaced_generate = vars(model).get("generate")
             front.set("generate", _make_generate(model))
             registry.put(model, engine)
         except BaseException:
@@ -111,6 +112,9 @@ def disable(obj: T) -> T:
     with _lock:
         engine = registry.pop(model)
     if engine is not None:
+        from hf_paged.generation.returned_cache import fill_pending
+
+        fill_pending(engine)  # caches given to users must outlive the pool
         engine.front.revert()
         engine.close()
         engine.patch.revert()
@@ -143,7 +147,7 @@ def explain(model: Any, **generate_kwargs: Any) -> Explanation:
     from hf_paged.generation.backend import explain_call
 
     inner, engine = _require(model)
-    return explain_call(inner, engine, generate_kwargs)
+    return explain_call(inner, engine, generate_kwargs, replaced=engine.replaced_generate)
 
 
 def stats(model: Any) -> EngineStats:
@@ -161,6 +165,7 @@ def generate_many(model: Any, inputs: Any, **kwargs: Any) -> list[GenerationResu
     from hf_paged.generation.many import generate_many as run
 
     inner, engine = _require(model)
+    _refuse_lost(model)
     return run(engine, inner, inputs, **kwargs)
 
 
@@ -169,6 +174,7 @@ def engine(model: Any) -> EngineClient:
     from hf_paged.generation.client import EngineClient
 
     inner, paged = _require(model)
+    _refuse_lost(model)
     return EngineClient(inner, paged)
 
 
@@ -180,8 +186,11 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     from hf_paged.generation.backend import custom_generate
 
     inner = resolve_model(model)
+    present = registry.get(inner)
+    if present is not None:
+        return custom_generate(inner, present, args, kwargs)
     with enabled(inner):
-        return custom_generate(inner, registry.get(inner), args, kwargs)
+        return custom_generate(inner, _require(inner)[1], args, kwargs)
 
 
 def invalidate(model: Any) -> None:
@@ -200,6 +209,13 @@ def paused(model: Any) -> Iterator[Any]:
     _inner, paged = _require(model)
     with paged.paused():
         yield model
+
+
+def _refuse_lost(obj: Any) -> None:
+    """Requests go to the model inside: what a wrapper adds to it (virtual tokens, say) would be lost."""
+    lost = lost_by_resolving(obj)
+    if lost is not None:
+        raise UnsupportedModelError(f"{type(obj).__name__}: {lost}; call its own generate() instead")
 
 
 def _require(obj: Any) -> tuple[Any, PagedEngine]:

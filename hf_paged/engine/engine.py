@@ -53,6 +53,7 @@ class PagedEngine:
         self.position_limit = position_limit
         self.rope_limit = rope_limit
         self.front: Any = None  # what `enable` put on the model itself, to be reverted with the patch
+        self.replaced_generate: Any = None  # the instance's own `generate` before that
         self._loop = StepLoop(model, patch, config)
         self._crank = Crank(self._loop)
         self._weights: bytes | None = None
@@ -142,7 +143,9 @@ class PagedEngine:
 
     def gather_kv(self, seq: Sequence) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [1, H_kv, n, D] of each layer for the n computed tokens of a kept sequence."""
-        runtime = self._loop.ready()
+        runtime = self._loop.runtime
+        if runtime is None:
+            raise EngineStateError("the KV of this call was released")
         blocks = torch.tensor(seq.block_table, device=runtime.device)
         result = []
         for layer in range(len(runtime.geometry)):

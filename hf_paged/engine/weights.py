@@ -1,7 +1,8 @@
 """Noticing that weights changed, so that KV computed with old ones is never used with new ones.
 
 `_version` alone misses fused optimizers, `.data` edits and adapter merges, so the version also covers storage addresses, a
-counter raised after every optimizer step of the process, a sample of values of each tensor, and the adapters' state.
+counter raised after every optimizer step of the process, a sample of values of each tensor, and what is merged. Adapters
+have versions of their own: loading or training one leaves the prefixes of the others and of the base model as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hf_paged.engine.adapters import adapter_facts, base_modules, containers, entries, is_adapter_layer
 
 _optimizer_steps = 0
 _hook_lock = threading.Lock()
@@ -38,13 +41,47 @@ def _count_step(*_args: Any) -> None:
 
 
 def weights_version(model: nn.Module) -> bytes:
-    """A digest (32 bytes) that differs when any weight, buffer or adapter state of `model` does.
+    """A digest (32 bytes) that differs when any weight or buffer of `model` outside of adapters does, or what is merged.
 
     Cost is a few microseconds a tensor. CUDA values are not sampled here: that would wait for the device.
     """
+    tensors: list[Tensor] = []
+    merged = []
+    for module in base_modules(model):
+        tensors.extend(p for p in module._parameters.values() if p is not None)
+        tensors.extend(b for b in module._buffers.values() if b is not None)
+        # An attribute of PEFT's tuner layers only; the model itself has methods named like their other attributes.
+        if "merged_adapters" in module.__dict__:
+            merged.append(module.merged_adapters)
+    return _digest(tensors, merged if any(merged) else None)
+
+
+def adapters_version(model: nn.Module, names: tuple[str, ...] | None) -> bytes:
+    """The same for the adapters `names`: their weights, ranks and scaling in every layer.
+
+    With None for all adapters there are, and for which of them are active and disabled, layer by layer.
+    """
+    tensors: list[Tensor] = []
+    facts: list[object] = [names]
+    for layer in base_modules(model):
+        if not is_adapter_layer(layer):
+            continue
+        if names is None:
+            facts.append((vars(layer).get("_active_adapter"), vars(layer).get("_disable_adapters")))
+            own = dict.fromkeys(name for container in containers(layer) for name in entries(container))
+        else:
+            own = dict.fromkeys(names)
+        for name in own:
+            found, options = adapter_facts(layer, name)
+            tensors.extend(found)
+            facts.append(options)
+    return _digest(tensors, facts) if len(facts) > 1 else b""
+
+
+def _digest(tensors: list[Tensor], others: object) -> bytes:
     facts = array("q", [_optimizer_steps])
     values: list[float] = []
-    for tensor in _tensors(model):
+    for tensor in tensors:
         facts.append(id(tensor))
         if tensor.device.type == "meta":
             continue
@@ -55,7 +92,7 @@ def weights_version(model: nn.Module) -> bytes:
             values.extend(_sample(tensor.detach()))
     digest = hashlib.sha256(facts.tobytes())
     digest.update(array("d", values).tobytes())
-    digest.update(_adapter_state(model))
+    digest.update(repr(others).encode())
     return digest.digest()
 
 
@@ -65,24 +102,3 @@ def _sample(tensor: Tensor) -> list[float]:
         return []
     flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()[: _SAMPLES + 1]
     return flat[:: max(1, (flat.numel() - 1) // _SAMPLES)][: _SAMPLES + 1].tolist()
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    found: list[Tensor] = []
-    for module in model.modules():
-        found.extend(p for p in module._parameters.values() if p is not None)
-        found.extend(b for b in module._buffers.values() if b is not None)
-    return found
-
-
-def _adapter_state(model: nn.Module) -> bytes:
-    """Which adapters are active, merged, disabled and how they are scaled; empty where there are none."""
-    parts = []
-    for module in model.modules():
-        # An attribute of PEFT's tuner layers only; the model itself has methods named like their other attributes.
-        if "merged_adapters" in module.__dict__:
-            scaling = sorted((getattr(module, "scaling", None) or {}).items())
-            parts.append(
-                repr((module.active_adapters, module.disable_adapters, module.merged_adapters, scaling))
-            )
-    return "|".join(parts).encode()
