@@ -1,9 +1,10 @@
-"""Element-wise parts of a model as one call instead of several, inside a step of ours only.
+"""Parts of a model by faster calls of torch, inside a step of ours only.
 
     NewGELUActivation  seven element-wise kernels   -> gelu(approximate="tanh"), the same formula
     LlamaRMSNorm       six                          -> rms_norm
+    Linear, Conv1D     MKL's product                -> oneDNN's, where that is faster (`kernels.cpu_linear`)
 
-In float32 both agree with the original to rounding; in half precision they round once instead of at each
+In float32 all agree with the original to rounding; in half precision they round once instead of at each
 operation, so they are nearer to the exact result. Bound like attention: outside of a step, and wherever the class
 has another forward than the one known here, the module runs what it ran before.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_paged.kernels import cpu_linear
 from hf_paged.patches.attention import forward_slot
 from hf_paged.patches.registry import class_reason, qualified_name
 from hf_paged.step import StepInputs
@@ -26,10 +28,11 @@ __all__ = ["find_fused"]
 def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of `model` that have a fused form, each with the function to run in a step."""
     found = []
+    table = _FUSED | _PRODUCTS if cpu_linear.onednn_is_faster() else _FUSED
     for module in model.modules():
         cls: Any = type(module)
         name = qualified_name(cls)
-        fused = _FUSED.get(name)
+        fused = table.get(name)
         # A forward somebody put on the instance is theirs to keep, in a step too.
         if fused is None or vars(module).get(forward_slot(module)) is not None:
             continue
@@ -58,7 +61,19 @@ def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor | None:
     return F.rms_norm(hidden_states, weight.shape, weight, module.variance_epsilon)
 
 
+def _linear(module: Any, x: Tensor) -> Tensor | None:
+    return cpu_linear.linear(x, module.weight, module.bias)
+
+
+def _conv1d(module: Any, x: Tensor) -> Tensor | None:
+    return cpu_linear.linear(x, module.weight.t(), module.bias)
+
+
 _FUSED: dict[str, Callable[[Any, Tensor], Tensor | None]] = {
     "transformers.activations.NewGELUActivation": _gelu_tanh,
     "transformers.models.llama.modeling_llama.LlamaRMSNorm": _rms_norm,
+}
+_PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor | None]] = {
+    "torch.nn.modules.linear.Linear": _linear,
+    "transformers.pytorch_utils.Conv1D": _conv1d,
 }
