@@ -45,6 +45,7 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
         UnsupportedModelError: no model of a supported family inside.
         ConfigError: an option is not allowed, or the model is enabled with other options already.
     """
+    from hf_paged.integrations.peft import PeftAdapters
     from hf_paged.patches import registry as patches
     from hf_paged.patches.apply import InstancePatch, apply
 
@@ -54,6 +55,7 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
         present = registry.get(model)
         if present is not None:
             _check_same(present.config, config)
+            _follow(present, model_or_pipeline)
             return model_or_pipeline
         spec = patches.find(model)
         patch = apply(model, spec)
@@ -67,9 +69,12 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
                 rope_limit=spec.rope_limit(model),
             )
             engine.front = front
+            engine.adapters = PeftAdapters(model, patch)
+            engine.adapters.sync()
             engine.replaced_generate = vars(model).get("generate")
             front.set("generate", _make_generate(model))
             registry.put(model, engine)
+            _follow(engine, model_or_pipeline)
         except BaseException:
             front.revert()
             patch.revert()
@@ -98,6 +103,15 @@ def _make_generate(model: Any) -> Any:
     return generate
 
 
+def _follow(engine: PagedEngine, obj: Any) -> None:
+    """Where `obj` is a PeftModel around the engine's model, listens to which adapters its calls ask for."""
+    from hf_paged.integrations.peft import PeftAdapters, find_tuner
+
+    tuner = find_tuner(obj)
+    if tuner is not None and isinstance(engine.adapters, PeftAdapters):
+        engine.adapters.follow(tuner)
+
+
 def _check_same(old: PagedConfig, new: PagedConfig) -> None:
     for name, value in vars(new).items():
         if value != getattr(old, name):
@@ -117,6 +131,8 @@ def disable(obj: T) -> T:
         fill_pending(engine)  # caches given to users must outlive the pool
         engine.front.revert()
         engine.close()
+        if engine.adapters is not None:
+            engine.adapters.revert()
         engine.patch.revert()
     return obj
 

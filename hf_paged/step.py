@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hf_paged.engine.adapters import Selection
     from hf_paged.engine.request import Sequence
     from hf_paged.kernels.metadata import PagedMetadata
 
@@ -39,6 +40,28 @@ class StepPlan:
 
 
 @dataclass
+class AdapterRuns:
+    """Which adapters (a `Selection`; None: those of the model) the tokens of a step run with: (selection, first, end).
+
+    A layer sees either the T tokens of the step or the R rows that get logits. Where both are as many, they are the same.
+    """
+
+    tokens: list[tuple[Selection | None, int, int]]
+    rows: list[tuple[Selection | None, int, int]]
+    #: While a layer runs for one selection only: a list that holds it, for layers within that layer.
+    within: list[Selection | None] = field(default_factory=list)
+
+    def of(self, count: int) -> list[tuple[Selection | None, int, int]]:
+        """The runs of an input of `count` tokens."""
+        for runs in (self.tokens, self.rows):
+            if runs and runs[-1][2] == count:
+                return runs
+        if not count:  # no row of this step gets logits
+            return []
+        raise ValueError(f"an adapter layer got {count} tokens, in a step of {self.tokens[-1][2]}")
+
+
+@dataclass
 class StepInputs:
     """The packed tensors of one step: T tokens of S sequences, R rows of logits."""
 
@@ -50,6 +73,7 @@ class StepInputs:
     backend: str  # "reference" | "cpu" | "triton"
     #: layer number -> (k_cache, v_cache), each [num_blocks, block_size, H_kv, D]
     kv_layer: Callable[[int], tuple[Tensor, Tensor]]
+    adapters: AdapterRuns | None = None  # None: every token runs with whatever the model's layers have active
 
 
 class _Active(threading.local):

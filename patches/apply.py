@@ -8,6 +8,7 @@ was moved or changed meanwhile.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ class AppliedPatch:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._patches: list[InstancePatch] = []
         self._forwards: dict[int, Any] = {}
+        self._adopted: dict[int, InstancePatch] = {}
 
     @property
     def model(self) -> Any:
@@ -69,6 +71,17 @@ class AppliedPatch:
         patch = InstancePatch(module)
         self._patches.append(patch)
         return patch
+
+    def adopt(self, module: nn.Module, in_step: Callable[..., Any]) -> None:
+        """Binds `in_step(module, step, *args, **kwargs)` to a module that came to the model later."""
+        patch = InstancePatch(module)
+        self._forwards[id(module)] = bind_step_forward(patch, module, self.owner, in_step)
+        self._adopted[id(module)] = patch
+
+    def release(self, key: int) -> None:
+        """Takes the binding off the adopted module whose id was `key`; it may be gone."""
+        self._forwards.pop(key, None)
+        self._adopted.pop(key).revert()
 
     def layer_geometry(self) -> list[LayerGeometry]:
         """The KV geometry of every layer, in layer order, as the model is now."""
@@ -100,9 +113,10 @@ class AppliedPatch:
 
     def revert(self) -> None:
         """Takes the patch off: the model has every attribute as before. Again does nothing."""
-        for patch in self._patches:
+        for patch in (*self._patches, *self._adopted.values()):
             patch.revert()
         self._patches.clear()
+        self._adopted.clear()
         self._forwards.clear()
 
 

@@ -9,7 +9,8 @@ parameter but its type and device. Codes, each with a text that names the culpri
     attention_implementation  a user-registered attention function, whose result cannot be known
     prepare_inputs_replaced   `prepare_inputs_for_generation` is not the library's
     forward_hooks             a foreign forward (pre-)hook: it would see packed tokens of several requests
-    adapter_names             PEFT's per-row adapter (or aLoRA) hooks, which expect one row a request
+    adapter_names             PEFT's hooks for adapters per row, which expect one row a request (the engine knows better)
+    alora_offsets             PEFT's hooks for aLoRA, which count from the end of each row
     forward_replaced          the forward of a module instance was wrapped or replaced
     compiled_forward          a module runs through `torch.compile`
     offloaded_weights         weights live on disk or are moved in for each forward
@@ -150,10 +151,10 @@ def _check_classes(walk: _Walk) -> None:
 
 def _check_hooks(walk: _Walk, module: nn.Module) -> None:
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if isinstance(hook, functools.partial) and any(
-            hook.keywords.get(name) for name in _PEFT_ROW_ARGUMENTS
-        ):
-            walk.add("adapter_names", f"{type(module).__name__} has adapters chosen row by row")
+        keywords = hook.keywords if isinstance(hook, functools.partial) else {}
+        code = next((name for name in _PEFT_ROW_ARGUMENTS if keywords.get(name)), None)
+        if code is not None:
+            walk.add(code, f"{type(module).__name__} has {code} chosen row by row")
             continue
         source = hook if hasattr(hook, "__qualname__") else type(hook)
         name = source.__qualname__.rpartition(".")[2]

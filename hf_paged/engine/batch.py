@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged.engine.adapters import Selection
 from hf_paged.kernels.metadata import PagedMetadata
-from hf_paged.step import StepInputs, StepPlan
+from hf_paged.step import AdapterRuns, StepInputs, StepPlan
 
 
 def build(
@@ -56,15 +57,41 @@ def build(
         query_lens_list=counts,
         seq_lens_list=seq_lens.tolist(),
     )
+    logits_indices = starts[1:][plan.sample_indices].astype(np.int64) - 1
     return StepInputs(
         owner=owner,
         input_ids=move(ids)[None],
         position_ids=move(positions)[None],
-        logits_indices=move(starts[1:][plan.sample_indices].astype(np.int64) - 1),
+        logits_indices=move(logits_indices),
         metadata=metadata,
         backend=backend,
         kv_layer=kv_layer,
+        adapters=_adapter_runs(plan),
     )
+
+
+def _adapter_runs(plan: StepPlan) -> AdapterRuns | None:
+    """Which adapters the tokens and the rows of logits run with; None where no sequence has chosen any."""
+    selections = [s.adapters for s in plan.sequences]
+    if all(selection is None for selection in selections):
+        return None
+    return AdapterRuns(
+        tokens=_runs(selections, plan.num_scheduled_tokens),
+        rows=_runs([selections[i] for i in plan.sample_indices], [1] * len(plan.sample_indices)),
+    )
+
+
+def _runs(selections: list[Selection | None], counts: list[int]) -> list[tuple[Selection | None, int, int]]:
+    """(selection, first, end) of neighbours that have the same one; `counts` places are taken by each."""
+    runs: list[tuple[Selection | None, int, int]] = []
+    end = 0
+    for selection, count in zip(selections, counts, strict=True):
+        if runs and runs[-1][0] == selection:
+            runs[-1] = (selection, runs[-1][1], end + count)
+        else:
+            runs.append((selection, end, end + count))
+        end += count
+    return runs
 
 
 def _pad_tables(tables: list[list[int]]) -> np.ndarray:

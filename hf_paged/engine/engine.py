@@ -7,6 +7,7 @@ and its pool (`hf_paged.engine.loop`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.config import PagedConfig
+from hf_paged.engine.adapters import AdapterHost, Selection
 from hf_paged.engine.ambient import Ambient
 from hf_paged.engine.crank import Crank
 from hf_paged.engine.loop import StepLoop
 from hf_paged.engine.request import Call, Sequence
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
-from hf_paged.engine.weights import watch_optimizers, weights_version
+from hf_paged.engine.weights import adapters_version, watch_optimizers, weights_version
 from hf_paged.errors import EngineStateError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class PagedEngine:
         self.config = config
         self.position_limit = position_limit
         self.rope_limit = rope_limit
+        self.adapters: AdapterHost | None = None  # set by `enable`; None: adapters are not looked after
         self.front: Any = None  # what `enable` put on the model itself, to be reverted with the patch
         self.replaced_generate: Any = None  # the instance's own `generate` before that
         self._loop = StepLoop(model, patch, config)
@@ -78,17 +81,24 @@ class PagedEngine:
         """The calling thread's ambient state, for `Call.ambient`."""
         return Ambient.capture(self._loop.ready().device.type)
 
-    def namespace(self, adapter: str | None = None, salt: str = "") -> bytes:
-        """The prefix-cache namespace of a call made now: weights as they are, adapter and salt.
+    def namespaces(self, selections: Iterable[Selection | None]) -> dict[Selection | None, bytes]:
+        """The prefix-cache namespaces of calls made now: weights as they are, adapters and salt.
 
-        When the weights changed since the last call every cached prefix is dropped.
+        When the base weights changed since the last call every cached prefix is dropped.
+
+        Args:
+            selections: of the sequences; None for what no selection can say.
         """
         version = weights_version(self.model)
         if version != self._weights:
             if self._weights is not None:
                 self.invalidate()
             self._weights = version
-        return b"\0".join((version, repr((adapter, self.config.cache_salt, salt)).encode()))
+        salt = repr(self.config.cache_salt).encode()
+        return {
+            s: b"\0".join((version, adapters_version(self.model, None if s is None else s.names), salt))
+            for s in set(selections)
+        }
 
     # --- calls ------------------------------------------------------------------------------------------------------
 

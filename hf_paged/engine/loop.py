@@ -16,7 +16,7 @@ from hf_paged.engine import batch
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
 from hf_paged.engine.runtime import Runtime
 from hf_paged.engine.stats import Counters
-from hf_paged.errors import EngineStateError, InvalidRequestError, RequestCancelledError
+from hf_paged.errors import EngineStateError, InvalidRequestError, RequestCancelledError, WeightsChangedError
 from hf_paged.step import StepPlan
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ class StepLoop:
         plan = runtime.scheduler.schedule()
         if plan is None:
             self._fail_stuck(runtime)
+            return
+        lost = {s.call: s.adapters for s in plan.sequences if s.adapters is not None and not s.adapters.is_present}
+        if lost:
+            for call, selection in lost.items():
+                self.fail([call], WeightsChangedError(f"adapter {selection} was removed or replaced while a request ran"))
             return
         now = time.perf_counter()
         for seq in plan.sequences:

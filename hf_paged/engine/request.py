@@ -18,7 +18,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_paged.engine.adapters import Selection
 
 
 class FinishReason(enum.StrEnum):
@@ -49,6 +52,10 @@ class Sequence:
     prompt_len: int
     max_new_tokens: int  # >= 1
     num_pad: int = 0
+    #: Adapters it runs with; None: whatever the model runs with when a step comes.
+    adapters: Selection | None = None
+    #: Its own prefix-cache namespace, where rows of a call have different adapters.
+    own_namespace: bytes | None = None
     #: Another sequence of the call with the same prompt: its blocks are forked when its prompt is computed.
     fork_of: Sequence | None = None
 
@@ -61,6 +68,10 @@ class Sequence:
     num_kept: int | None = None
     num_cached_prompt: int = 0  # prompt tokens found in the prefix cache at first admission
     arrival: int = -1  # order of admission to the engine; set by the scheduler
+
+    @property
+    def namespace(self) -> bytes | None:
+        return self.call.namespace if self.own_namespace is None else self.own_namespace
 
     @property
     def num_tokens(self) -> int:

@@ -193,6 +193,9 @@ class Scheduler:
 
 def _make_plan(chosen: dict[Sequence, int], copies: dict[Sequence, list[tuple[int, int]]]) -> StepPlan:
     ordered = sorted(chosen, key=lambda s: chosen[s] > 1)  # stable: single tokens first
+    if any(s.adapters is not None for s in ordered):
+        # Within both parts rows of one adapter lie together, so that its products are few and large.
+        ordered.sort(key=lambda s: (chosen[s] > 1, () if s.adapters is None else s.adapters.names))
     counts = [chosen[s] for s in ordered]
     return StepPlan(
         sequences=ordered,

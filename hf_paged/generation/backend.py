@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from hf_paged.generation.adapters import chosen_rows, select_rows
 from hf_paged.generation.checks import early_reasons, late_reasons
 from hf_paged.generation.fallback import Explanation, FallbackReason, reason, report_fallback
 from hf_paged.generation.outputs import assemble, num_steps
@@ -48,6 +49,11 @@ def paged_generate(
         FallbackError: the call has a reason to fall back and `fallback="error"`; nothing ran then.
         Exception: whatever upstream raises for these arguments.
     """
+    if kwargs.get("adapter_names") is not None and engine.adapters is not None:
+        names = kwargs["adapter_names"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+        with chosen_rows(model, names):
+            return paged_generate(model, replaced, engine, args, kwargs)
     original = replaced if replaced is not None else type(model).generate.__get__(model)
     if is_ours(argument(model, args, kwargs, "custom_generate")):
         return original(*args, **kwargs)  # it comes back through `custom_generate`
@@ -103,6 +109,7 @@ def explain_call(
         Exception: whatever upstream raises while it prepares these arguments.
     """
     given = dict(kwargs)
+    given.pop("adapter_names", None)  # native whatever they are
     if is_ours(given.get("custom_generate")):
         del given["custom_generate"]
     reasons = early_reasons(model, replaced, engine, (), given)
@@ -129,7 +136,7 @@ def _decode(
 
 
 def _run(engine: PagedEngine, prepared: Prepared) -> Any:
-    call = build_call(engine, prepared)
+    call = build_call(engine, prepared, select_rows(engine, prepared))
     engine.count_native()
     try:
         engine.run(call)

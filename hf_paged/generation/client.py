@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import GenerationConfig
 
 from hf_paged.engine.draws import SeededDraws
 from hf_paged.errors import FallbackError, InvalidRequestError
+from hf_paged.generation.adapters import select
 from hf_paged.generation.handle import RequestHandle
 from hf_paged.generation.requests import build_call
 from hf_paged.generation.single import RequestPreparer
@@ -30,7 +32,7 @@ class EngineClient:
         self,
         input_ids: Any,
         generation_config: GenerationConfig | None = None,
-        adapter: str | None = None,
+        adapter: str | Sequence[str] | None = None,
         priority: int = 0,
         seed: int | None = None,
         logprobs: int | None = None,
@@ -42,7 +44,8 @@ class EngineClient:
         Args:
             input_ids: 1-D list or tensor of token ids, without padding.
             generation_config, kwargs: as for `generate`.
-            adapter: reserved; None.
+            adapter: name of the PEFT adapter to run with, a list of names that add up, or "__base__" for none of
+                them. None: those active now, whatever becomes active later.
             priority: requests with a lower number run first when not all can run.
             seed: of this request's random numbers, which then depend on nothing else. None: one is drawn from
                 the global generator, so that requests submitted in equal order after one `set_seed` repeat.
@@ -54,8 +57,6 @@ class EngineClient:
             FallbackError: an option only the original `generate()` can serve; falling back here would block.
             EngineStateError: the model is not enabled any more.
         """
-        if adapter is not None:
-            raise InvalidRequestError(f"adapter={adapter!r}: no adapter can be chosen per request yet")
         if logprobs is not None and (type(logprobs) is not int or logprobs < 0):
             raise InvalidRequestError(f"logprobs={logprobs!r}: must be None or an int of at least 0")
         if tokenizer is not None:
@@ -65,11 +66,12 @@ class EngineClient:
         if prepared is None:
             listed = "; ".join(map(str, request.reasons))
             raise FallbackError(f"submit serves native requests only: {listed}", request.reasons)
+        selection = select(self._engine, adapter)
         draws = None
         if prepared.config.do_sample:
             draws = SeededDraws(fresh_seed() if seed is None else seed)
         call = build_call(
-            self._engine, prepared, draws=draws, logprobs=logprobs, priority=priority, outputs=False
+            self._engine, prepared, [selection], draws=draws, logprobs=logprobs, priority=priority, outputs=False
         )
         self._engine.count_native()
         call.submitted_at = time.perf_counter()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hf_paged.engine.adapters import row_adapters
 from hf_paged.errors import FallbackError
 
 if TYPE_CHECKING:
@@ -105,9 +106,16 @@ def report_fallback(engine: PagedEngine, reasons: Sequence[FallbackReason]) -> N
         reasons: all reasons found, at least one; the first is the one counted.
 
     Raises:
-        FallbackError: with `fallback="error"`. The user's own switch, HF_PAGED_DISABLE, never raises nor
+        FallbackError: with `fallback="error"`, or with `adapter_names` that only the engine knows of. The user's own switch, HF_PAGED_DISABLE, never raises nor
             warns.
     """
+    rows = row_adapters.get()
+    if rows is not None and rows.ours and rows.model is engine.model:
+        raise FallbackError(
+            "adapter_names needs the engine here, and the call cannot be served natively: "
+            + "; ".join(map(str, reasons)),
+            tuple(reasons),
+        )
     if reasons[0].code == "disabled":
         engine.count_fallback("disabled")
         return

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
+from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import SeededDraws
 from hf_paged.engine.request import Call, FinishReason
 from hf_paged.errors import FallbackError, InvalidRequestError
+from hf_paged.generation.adapters import select_each
 from hf_paged.generation.client import fresh_seed
 from hf_paged.generation.fallback import report_fallback
 from hf_paged.generation.prepared import Prepared
@@ -46,7 +48,8 @@ def generate_many(
     Args:
         inputs: 1-D lists or tensors of token ids, without padding.
         generation_config: one for all, or one a prompt.
-        adapters: reserved; None.
+        adapters: name of the PEFT adapter all prompts run with, or a list with one a prompt: a name, a list of
+            names that add up, "__base__" for no adapter, or None for those active now.
         progress: show a bar.
         kwargs: as for `generate`, the same for all prompts.
 
@@ -54,19 +57,20 @@ def generate_many(
         InvalidRequestError: a request is malformed or can never fit. Nothing ran; the message names it.
         FallbackError: a request cannot be native and `fallback="error"`. Nothing ran.
     """
-    if adapters is not None:
-        raise InvalidRequestError(f"adapters={adapters!r}: adapters chosen per request are not supported yet")
     requests = _prepare_all(engine, model, inputs, generation_config, kwargs)
     if not requests:
         return []
+    selections = select_each(engine, adapters, len(requests))
     if engine.config.fallback == "error":
         _refuse_fallbacks(requests)
     # Drawn only when wanted: greedy runs leave the global generator alone.
     sampled = any(r.prepared is None or r.prepared.config.do_sample for r in requests)
     seed = fresh_seed() if sampled else 0
-    namespace = engine.namespace()
+    namespaces = engine.namespaces(selections)
     calls = {
-        i: _call(engine, r.native, seed, i, namespace) for i, r in enumerate(requests) if r.native is not None
+        i: _call(engine, r.native, seed, i, selections[i], namespaces)
+        for i, r in enumerate(requests)
+        if r.native is not None
     }
     with _bar(len(requests), progress) as advance:
         _run_all(engine, list(calls.values()), advance)
@@ -76,7 +80,8 @@ def generate_many(
                 results.append(result_of(calls[i]))
                 continue
             config = _config_at(generation_config, i)
-            results.append(_run_original(engine, model, request, config, kwargs, (seed + i) % 2**63))
+            with _active_in_model(engine, selections[i]):
+                results.append(_run_original(engine, model, request, config, kwargs, (seed + i) % 2**63))
             advance()
     return results
 
@@ -111,9 +116,20 @@ def _refuse_fallbacks(requests: list[Request]) -> None:
             )
 
 
-def _call(engine: PagedEngine, prepared: Prepared, seed: int, index: int, namespace: bytes) -> Call:
+def _call(
+    engine: PagedEngine,
+    prepared: Prepared,
+    seed: int,
+    index: int,
+    selection: Selection | None,
+    namespaces: Mapping[Selection | None, bytes],
+) -> Call:
     draws = SeededDraws(seed, index) if prepared.config.do_sample else None
-    return build_call(engine, prepared, draws=draws, outputs=False, namespace=namespace)
+    return build_call(engine, prepared, [selection], draws=draws, outputs=False, namespaces=namespaces)
+
+
+def _active_in_model(engine: PagedEngine, selection: Selection | None) -> AbstractContextManager[None]:
+    return nullcontext() if engine.adapters is None else engine.adapters.entered(selection)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from transformers import MaxLengthCriteria
 
+from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import Draws, LockstepDraws
 from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import SamplingSpec
@@ -19,19 +21,20 @@ if TYPE_CHECKING:
 def build_call(
     engine: PagedEngine,
     prepared: Prepared,
+    adapters: Sequence[Selection | None],
     *,
     draws: Draws | None = None,
     logprobs: int | None = None,
-    adapter: str | None = None,
-    namespace: bytes | None = None,
+    namespaces: Mapping[Selection | None, bytes] | None = None,
     priority: int = 0,
     outputs: bool = True,
 ) -> Call:
     """The engine call for a prepared call that has no reason to fall back.
 
     Args:
+        adapters: what each row runs with.
         draws: random numbers of a sampled call; by default the global generator's, in upstream's order.
-        namespace: from `engine.namespace`, for many calls at one moment; by default as of now.
+        namespaces: from `engine.namespaces`, for many calls at one moment; by default as of now.
         logprobs: how many of the likeliest tokens to report beside the chosen one; None for none.
         outputs: respect `return_dict_in_generate` of the prepared config: record scores and logits, keep the
             blocks, and let finished rows go on with pads as upstream does, for its scores and its cache.
@@ -52,10 +55,11 @@ def build_call(
         output_logits=bool(outputs and config.output_logits),
         logprobs=logprobs,
     )
+    namespaces = engine.namespaces(adapters) if namespaces is None else namespaces
     call = Call(
         sampling=spec,
         ambient=engine.ambient(),
-        namespace=engine.namespace(adapter) if namespace is None else namespace,
+        namespace=namespaces[adapters[0]],
         priority=priority,
         run_on=outputs or rows_go_on(prepared),
         keep_kv=outputs,
@@ -64,12 +68,14 @@ def build_call(
     rows = zip(ids.tolist(), num_prompt_tokens(prepared).tolist(), strict=True)
     for row, (tokens, length) in enumerate(rows):
         first = row - row % copies
-        call.add_row(
+        sequence = call.add_row(
             tokens[len(tokens) - length :],
             prepared.max_new_tokens,
             num_pad=len(tokens) - length,
             fork_of=first if first != row else None,
         )
+        sequence.adapters = adapters[row]
+        sequence.own_namespace = namespaces[adapters[row]]
     return call
 
 

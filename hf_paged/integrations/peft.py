@@ -1,0 +1,246 @@
+"""The adapters of one model: which there are, which a request runs with, and its layers' part in engine steps."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from hf_paged.engine.adapters import (
+    BASE,
+    AdapterPart,
+    RowAdapters,
+    Selection,
+    base_modules,
+    containers,
+    entries,
+    is_adapter_layer,
+    row_adapters,
+)
+from hf_paged.errors import InvalidRequestError
+from hf_paged.integrations.peft_layers import active_state, run_in_step
+from hf_paged.patches.apply import AppliedPatch
+from hf_paged.patches.attention import bind_step_forward
+from hf_paged.patches.instance import InstancePatch
+
+_BASE_MODEL = Selection(())
+
+
+class PeftAdapters:
+    """The `AdapterHost` of a model patched with `applied`, whether or not it has adapters yet. Holds both weakly.
+
+    Args:
+        model: the HF model.
+        applied: its patch; the layers bound here come off with it.
+    """
+
+    def __init__(self, model: nn.Module, applied: AppliedPatch) -> None:
+        self._model = weakref.ref(model)
+        self._applied = weakref.ref(applied)
+        self._layers: dict[int, weakref.ref[nn.Module]] = {}  # by id
+        self._parts: dict[str, AdapterPart] = {}
+        self._tuner_patch: InstancePatch | None = None
+        self._lock = threading.Lock()
+
+    # --- layers -------------------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Binds adapter layers that are new and forgets those that are gone."""
+        model, applied = self._model(), self._applied()
+        if "peft" not in sys.modules or model is None or applied is None:
+            return
+        with self._lock:
+            present = {id(layer): layer for layer in base_modules(model) if is_adapter_layer(layer)}
+            for key, reference in list(self._layers.items()):
+                if reference() is not present.get(key):
+                    del self._layers[key]
+                    applied.release(key)
+            for key, layer in present.items():
+                if key not in self._layers:
+                    applied.adopt(layer, run_in_step)
+                    self._layers[key] = weakref.ref(layer)
+
+    def _present(self) -> list[Any]:
+        return [layer for reference in self._layers.values() if (layer := reference()) is not None]
+
+    def follow(self, tuner: nn.Module) -> None:
+        """Takes `adapter_names` from PEFT's own calls through `tuner`, thread by thread.
+
+        Its hooks on the layers, which other threads see too, are then nobody's but the forwards outside of steps. Tuners
+        without such hooks leave `adapter_names` unread; here they are served like the others.
+        """
+        method = getattr(type(tuner), "_enable_peft_forward_hooks", None)
+        model, reference = self._model, weakref.ref(tuner)
+
+        @contextmanager
+        def enable_peft_forward_hooks(*args: Any, **kwargs: Any) -> Iterator[None]:
+            rows = RowAdapters(model(), kwargs.get("adapter_names"), ours=method is None and bool(kwargs.get("adapter_names")))
+            token = row_adapters.set(rows)
+            try:
+                hooks = nullcontext() if method is None else method(reference(), *args, **kwargs)
+                hooks.__enter__()
+                try:
+                    yield
+                finally:  # never told of an error: PEFT would leave its hooks on the layers then
+                    hooks.__exit__(None, None, None)
+            finally:
+                row_adapters.reset(token)
+
+        self.revert()
+        self._tuner_patch = InstancePatch(tuner)
+        self._tuner_patch.set("_enable_peft_forward_hooks", enable_peft_forward_hooks)
+
+    def revert(self) -> None:
+        """Takes off what `follow` put on; the layers come off with the patch."""
+        if self._tuner_patch is not None:
+            self._tuner_patch.revert()
+            self._tuner_patch = None
+
+    # --- selections ---------------------------------------------------------------------------------------------------
+
+    def current(self) -> Selection | None:
+        layers = self._present()
+        tuners = [layer for layer in layers if hasattr(layer, "merged_adapters")]
+        if not tuners or any(layer.merged_adapters for layer in tuners):
+            return None
+        names = _active(tuners[0])
+        if any(_active(layer) != names for layer in tuners):
+            return None
+        for wrapper in layers:
+            if not hasattr(wrapper, "merged_adapters"):
+                own = tuple(name for name in names if name in wrapper._adapters)[:1]
+                if _active(wrapper) != own:
+                    return None
+        # A layer applies only what it has; an adapter that no layer has changes nothing.
+        known = self.names()
+        return self._selection(tuple(name for name in names if name in known))
+
+    def select(self, choice: Any) -> Selection | None:
+        """The selection for None (as the model stands), an adapter's name, several names, or `"__base__"`.
+
+        Raises:
+            InvalidRequestError: no such adapter, an adapter that needs more than a name, or merged adapters.
+        """
+        if choice is None:
+            selection = self.current()
+            self._check_chooseable(() if selection is None else selection.names)
+            return selection
+        names = (choice,) if isinstance(choice, str) else tuple(choice) if isinstance(choice, list | tuple) else None
+        if names is None or not all(isinstance(name, str) for name in names):
+            raise InvalidRequestError(f"adapter {choice!r}: must be a name, a list of names, {BASE!r} or None")
+        names = tuple(dict.fromkeys(name for name in names if name != BASE))
+        known = self.names()
+        for name in names:
+            if name not in known:
+                raise InvalidRequestError(
+                    f"adapter {name!r} is not loaded; loaded: {', '.join(map(repr, sorted(known))) or 'none'}"
+                )
+        for layer in self._present():
+            merged = vars(layer).get("merged_adapters")
+            if merged:
+                raise InvalidRequestError(
+                    f"adapter {choice!r}: {', '.join(merged)} merged into the weights; call unmerge_adapter() first"
+                )
+        self._check_chooseable(names)
+        return self._selection(names)
+
+    def _check_chooseable(self, names: tuple[str, ...]) -> None:
+        for layer in self._present() if names else ():
+            for name in names:
+                variant = type(vars(layer).get("lora_variant", {}).get(name)).__name__
+                if variant.startswith("ALora"):
+                    raise InvalidRequestError(
+                        f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in each prompt: "
+                        "use generate() of the PeftModel"
+                    )
+
+    def names(self) -> set[str]:
+        """The names of all adapters that a layer has a part of."""
+        return {name for layer in self._present() for container in containers(layer) for name in entries(container)}
+
+    def _selection(self, names: tuple[str, ...]) -> Selection:
+        if not names:
+            return _BASE_MODEL
+        return Selection(names, tuple(self._part(name) for name in names))
+
+    def _part(self, name: str) -> AdapterPart:
+        part = self._parts.get(name)
+        if part is None or not part.is_present:
+            container = next(
+                c for layer in self._present() for c in containers(layer) if entries(c).get(name) is not None
+            )
+            part = self._parts[name] = AdapterPart(name, container, entries(container)[name])
+        return part
+
+    @contextmanager
+    def entered(self, selection: Selection | None) -> Iterator[None]:
+        """Makes `selection` active in every layer, for this and all other threads, and puts back what was."""
+        before = []
+        try:
+            for layer in self._present() if selection is not None else ():
+                state = vars(layer)
+                kept = {name: state[name] for name in ("_active_adapter", "_disable_adapters") if name in state}
+                before.append((state, kept))
+                state.update(active_state(layer, selection))
+            yield
+        finally:
+            for state, kept in before:
+                for name in ("_active_adapter", "_disable_adapters"):
+                    state.pop(name, None)
+                state.update(kept)
+
+    # --- adapters a row -----------------------------------------------------------------------------------------------
+
+    def row_choices(self) -> list[Any] | None:
+        """The `adapter_names` of the PEFT call this thread is in; None without any.
+
+        Raises:
+            InvalidRequestError: calls of several threads cannot be told apart.
+        """
+        followed = row_adapters.get()
+        if followed is not None and followed.model is self._model():
+            return followed.names
+        if self._tuner_patch is not None:
+            return None
+        found: dict[int, list[Any]] = {}
+        for layer in self._present():
+            for hook in layer._forward_pre_hooks.values():
+                names = hook.keywords.get("adapter_names") if isinstance(hook, functools.partial) else None
+                if names is not None:
+                    found[id(names)] = names
+        if len(found) > 1:
+            raise InvalidRequestError(
+                "several threads generate with adapter_names at once: enable the PeftModel itself, not the model inside"
+            )
+        return next(iter(found.values()), None)
+
+
+def _active(layer: Any) -> tuple[str, ...]:
+    """The adapters a layer or wrapper applies."""
+    return () if layer.disable_adapters else tuple(layer.active_adapters)
+
+
+def find_tuner(obj: Any) -> nn.Module | None:
+    """The tuner (`LoraModel` and the like) of the PeftModel that `obj` is or wraps."""
+    for _ in range(16):
+        if obj is None or any(cls.__module__.startswith("transformers.modeling_utils") for cls in type(obj).__mro__):
+            return None
+        if any(cls.__module__.startswith("peft.") and cls.__name__ == "BaseTuner" for cls in type(obj).__mro__):
+            return obj
+        state = vars(obj) if hasattr(obj, "__dict__") else {}
+        children = state.get("_modules") or {}
+        obj = next(
+            (
+                value
+                for name in ("base_model", "_orig_mod", "module", "model")
+                if (value := children.get(name) or state.get(name)) is not None
+            ),
+            None,
+        )
+    return None

@@ -1,0 +1,156 @@
+"""One adapter layer of PEFT inside of an engine step, whose tokens may belong to many adapters.
+
+Plain LoRA computes its base product once for all tokens and adds each adapter's low-rank product to the tokens of that
+adapter. Every other layer that works token by token (DoRA, (IA)³, OFT, VeRA, `modules_to_save`, ...) runs PEFT's own forward
+for one selection's tokens after another. Either way the layer itself is not touched: what is active in it is the user's, and
+another thread may be using it. PEFT's forward is run on a shadow instead, which shares everything but what is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_paged.engine.adapters import Selection
+from hf_paged.errors import WeightsChangedError
+from hf_paged.kernels.lora_matmul import LoraGroup, lora_add_
+from hf_paged.step import AdapterRuns, StepInputs
+
+#: What PEFT's hooks add to the arguments of a layer; the step knows better.
+_ROW_ARGUMENTS = ("adapter_names", "alora_offsets")
+
+Runs = list[tuple[Selection | None, int, int]]
+
+
+def run_in_step(layer: nn.Module, step: StepInputs, *args: Any, **kwargs: Any) -> Any:
+    """The forward of `layer` within a step: each token with the adapters of its sequence."""
+    for name in _ROW_ARGUMENTS:
+        kwargs.pop(name, None)
+    runs = step.adapters
+    if runs is None:
+        return type(layer).forward(layer, *args, **kwargs)
+    if runs.within:
+        return _run_as(layer, runs.within[-1], args, kwargs)
+    if not args or not isinstance(args[0], Tensor):
+        raise TypeError(f"{type(layer).__name__} was called without an input tensor in first place")
+    x = args[0]
+    axis = 1 if x.dim() > 1 and x.shape[0] == 1 else 0
+    parts = runs.of(x.shape[axis])
+    grouped = _grouped_forward(layer)
+    if grouped is not None and all(_is_plain(layer, selection) for selection, _, _ in parts):
+        return grouped(layer, step.backend, parts, axis, x, args[1:], kwargs)
+    if not parts:  # no token
+        return _within(layer, runs, None, args, kwargs)
+    outputs = []
+    for selection, first, end in parts:
+        part = x if end - first == x.shape[axis] else x.narrow(axis, first, end - first)
+        outputs.append(_within(layer, runs, selection, (part, *args[1:]), kwargs))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=axis)
+
+
+def shadow(layer: nn.Module, selection: Selection) -> nn.Module:
+    """A layer that shares all of `layer` except for what is active: the adapters of `selection`."""
+    twin = object.__new__(type(layer))
+    object.__setattr__(twin, "__dict__", vars(layer) | active_state(layer, selection))
+    return twin
+
+
+def active_state(layer: Any, selection: Selection) -> dict[str, Any]:
+    """The attributes of `layer` with which it applies the adapters of `selection`."""
+    names = list(selection.names)
+    if hasattr(layer, "merged_adapters"):
+        return {"_active_adapter": names, "_disable_adapters": not names}
+    # `modules_to_save` and other wrappers have one active adapter, or are off.
+    name = next((name for name in names if name in layer._adapters), None)
+    return {"_active_adapter": [] if name is None else name, "_disable_adapters": name is None}
+
+
+def _within(layer: nn.Module, runs: AdapterRuns, selection: Selection | None, args: tuple, kwargs: dict) -> Any:
+    runs.within.append(selection)
+    try:
+        return _run_as(layer, selection, args, kwargs)
+    finally:
+        runs.within.pop()
+
+
+def _run_as(layer: nn.Module, selection: Selection | None, args: tuple, kwargs: dict) -> Any:
+    forward = type(layer).forward
+    if selection is None:
+        return forward(layer, *args, **kwargs)
+    _refuse_merged(layer)
+    return forward(shadow(layer, selection), *args, **kwargs)
+
+
+def _refuse_merged(layer: Any) -> None:
+    if vars(layer).get("merged_adapters"):
+        raise WeightsChangedError(f"adapters {layer.merged_adapters} were merged into the weights while requests ran")
+
+
+# --- plain LoRA -------------------------------------------------------------------------------------------------------
+
+
+def _grouped_forward(layer: nn.Module) -> Callable[..., Tensor] | None:
+    """The forward that computes the base once, for layers whose own forward is the one known here."""
+    from peft.tuners.lora import layer as lora
+
+    forward = type(layer).forward
+    if forward is lora.Linear.forward:
+        return _linear
+    if forward is lora.Embedding.forward:
+        return _embedding
+    return None
+
+
+def _is_plain(layer: Any, selection: Selection | None) -> bool:
+    if not layer.lora_variant:
+        return True
+    names = layer.active_adapters if selection is None else selection.names
+    return not any(name in layer.lora_variant for name in names)
+
+
+def _names(layer: Any, selection: Selection | None) -> Any:
+    """The adapters `layer` applies to tokens of `selection`."""
+    if selection is None:
+        return () if layer.merged or layer.disable_adapters else layer.active_adapters
+    if layer.merged_adapters:
+        _refuse_merged(layer)
+    return selection.names
+
+
+def _linear(
+    layer: Any, backend: str, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict
+) -> Tensor:
+    output = layer.base_layer(x, *args, **kwargs)
+    modules = layer._modules
+    matrices_a, matrices_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    groups = []
+    for selection, first, end in parts:
+        for name in _names(layer, selection):
+            a = matrices_a.get(name)
+            if a is not None:
+                a, b = a._parameters, matrices_b[name]._parameters
+                groups.append(LoraGroup(first, end, a["weight"], b["weight"], b["bias"], layer.scaling[name]))
+    if groups:
+        lora_add_(output.flatten(0, -2), x.flatten(0, -2), groups, backend=backend)
+    return output
+
+
+def _embedding(
+    layer: Any, backend: str, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict
+) -> Tensor:
+    output = layer.base_layer(x, *args, **kwargs)
+    scale = layer._get_embed_scale()
+    for selection, first, end in parts:
+        for name in _names(layer, selection):
+            if name not in layer.lora_embedding_A:
+                continue
+            after_a = layer._embed(x.narrow(axis, first, end - first), layer.lora_embedding_A[name].T)
+            update = (after_a @ layer.lora_embedding_B[name].T) * layer.scaling[name]
+            if scale is not None:
+                update = update * scale.to(update.dtype)
+            rows = output.narrow(axis, first, end - first)
+            rows.copy_(rows + update)
+    return output
