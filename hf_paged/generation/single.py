@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,8 +106,8 @@ class RequestPreparer:
         self._engine = engine
         self._kwargs = dict(kwargs)
         self._early = tuple(early_reasons(model, None, engine, (), kwargs))
-        #: By config and prompt length; None: for every length.
-        self._shared: dict[tuple[int, int | None], Prepared] = {}
+        #: By the config's other options, `max_new_tokens` and prompt length; None: for every limit and length.
+        self._shared: dict[tuple[Hashable, int | None, int | None], Prepared] = {}
 
     def __call__(self, prompt: Any, config: GenerationConfig | None) -> Request:
         """The request for `prompt`, a 1-D list or tensor of token ids.
@@ -120,21 +120,29 @@ class RequestPreparer:
         token_ids = as_token_ids(prompt, self._engine.vocab_size)
         if self._early:
             return Request(token_ids, None, self._early)
-        shared = self._shared.get((id(config), None)) or self._shared.get((id(config), len(token_ids)))
-        if shared is None:
+        options, limit = _content(config), self._limit(config)
+        shared = self._shared.get((options, None, None)) or self._shared.get((options, limit, len(token_ids)))
+        if shared is None or limit is None:
             request = self._prepare(token_ids, config)
-            if request.native is not None:
-                self._share(request.native, id(config), len(token_ids))
+            if request.native is not None and limit is not None:
+                self._share(request.native, options, limit, len(token_ids))
             return request
-        prepared = _of_length(shared, torch.tensor([token_ids], device=shared.input_ids.device))
+        prepared = _of_length(shared, torch.tensor([token_ids], device=shared.input_ids.device), limit)
         return _checked(token_ids, prepared, length_reasons(self._engine, prepared))
 
-    def _share(self, prepared: Prepared, config: int, length: int) -> None:
+    def _limit(self, config: GenerationConfig | None) -> int | None:
+        """`max_new_tokens` of a request where it is given plainly, else None."""
+        limit = self._kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+        return limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else None
+
+    def _share(self, prepared: Prepared, options: Hashable, limit: int, length: int) -> None:
         parts = {type(part) for part in (*prepared.processors, *prepared.criteria)}
-        if parts <= _FREE and prepared.max_length == length + (prepared.config.max_new_tokens or 0):
-            self._shared[config, None] = prepared
+        if prepared.max_length != length + limit:
+            return
+        if parts <= _FREE:
+            self._shared[options, None, None] = prepared
         elif parts <= _FREE | _BOUND_TO_LENGTH:
-            self._shared[config, length] = prepared
+            self._shared[options, limit, length] = prepared
 
     def arguments(self, token_ids: list[int], config: GenerationConfig | None) -> dict[str, Any]:
         """The arguments of the `generate()` that equals a request."""
@@ -192,16 +200,18 @@ def _checked(token_ids: list[int], prepared: Prepared, reasons: Iterable[Fallbac
     return Request(token_ids, prepared, found)
 
 
-def _of_length(prepared: Prepared, input_ids: Tensor) -> Prepared:
-    """A preparation for another prompt of its config: `max_new_tokens` stays, so the length criterion moves
-    along.
-    """
-    moved = input_ids.shape[1] - prepared.input_ids.shape[1]
-    criteria = prepared.criteria
-    if moved:
-        criteria = type(criteria)(criteria)
-        for i, criterion in enumerate(criteria):
-            if type(criterion) is stopping_criteria.MaxLengthCriteria:
-                criteria[i] = longer = copy.copy(criterion)
-                longer.max_length += moved
+def _content(config: GenerationConfig | None) -> Hashable:
+    """The options of a config but for `max_new_tokens`: equal for configs of equal content."""
+    if config is None:
+        return None
+    return tuple((name, repr(value)) for name, value in vars(config).items() if value is not None and name != "max_new_tokens")
+
+
+def _of_length(prepared: Prepared, input_ids: Tensor, max_new_tokens: int) -> Prepared:
+    """A preparation for another prompt and limit: only the length criterion knows of them."""
+    criteria = type(prepared.criteria)(prepared.criteria)
+    for i, criterion in enumerate(criteria):
+        if type(criterion) is stopping_criteria.MaxLengthCriteria:
+            criteria[i] = moved = copy.copy(criterion)
+            moved.max_length = input_ids.shape[1] + max_new_tokens
     return dataclasses.replace(prepared, input_ids=input_ids, criteria=criteria)
