@@ -48,7 +48,9 @@ RULES = {
     "hf_paged.engine.scheduler": below("engine.request", "engine.block_manager", *_POLICY, banned=_OUTER),
     "hf_paged.patches": below("patches", "kernels", *_POLICY),
     "hf_paged.generation": below("generation", "engine", *_POLICY),
-    "hf_paged.integrations": below("integrations", "resolve", "generation", "patches", "engine", *_POLICY),
+    "hf_paged.integrations": below(
+        "integrations", "resolve", "generation", "patches", "kernels", "engine", *_POLICY
+    ),
     "hf_paged.api": below("api", "resolve", "integrations", "generation", "patches", "engine", *_POLICY),
     # These two use what a user can: never the inside of patches, kernels or generation.
     "hf_paged.cli": Rule(("hf_paged",), _INSIDE),
