@@ -4,6 +4,7 @@
     longer queries                        torch's SDPA, a sequence at a time (`cpu_paged_prefill`)
     longer queries, softcap or sinks      the reference
     no numba, float16 without f16c        as longer queries
+    kernels still loading                 as longer queries
     float64                               the reference (`ops` refuses it for this backend)
 
 Decode rows store their new keys and values in the launch that attends to them; all other tokens are stored before.
@@ -20,12 +21,20 @@ import torch
 from torch import Tensor
 
 from hf_paged.kernels import reference
+from hf_paged.kernels.cpu_argmax import argmax_rows
 from hf_paged.kernels.cpu_paged_prefill import LongQueries, attend_long_queries, group_long_queries
-from hf_paged.kernels.cpu_runtime import in_forked_child, kernel_module, launch, num_bins
+from hf_paged.kernels.cpu_runtime import (
+    in_forked_child,
+    is_loading,
+    kernel_module,
+    launch,
+    load_in_background,
+    num_bins,
+)
 from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.kernels.reference import copy_blocks
 
-__all__ = ["copy_blocks", "paged_attention", "store_kv"]
+__all__ = ["copy_blocks", "load_kernels", "paged_attention", "store_kv"]
 
 #: Queries up to this long are attended token by token: measured against SDPA, with cached tokens and without.
 _MAX_ROW_QUERY, _MAX_ROW_PROMPT = 16, 32
@@ -34,11 +43,11 @@ _NO_SINKS = np.empty(0, np.float32)
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """See `hf_paged.kernels.ops.store_kv`."""
-    kernels = None if in_forked_child() else kernel_module("cpu_store_kv")
-    tag = _tag(k_cache.dtype)
-    if kernels is None or tag is None:
+    tag = None if in_forked_child() else _tag(k_cache.dtype)
+    if tag is None:
         reference.store_kv(key, value, k_cache, v_cache, slot_mapping)
         return
+    kernels = kernel_module("cpu_store_kv")
     key, value = key.to(k_cache.dtype), value.to(k_cache.dtype)
     bins = num_bins(4 * key.numel() * key.element_size())
     launch(
@@ -193,8 +202,36 @@ def _address(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
-@functools.cache
 def _tag(dtype: torch.dtype) -> Any | None:
-    """How numba kernels are told of `dtype`; None where there are no kernels for it."""
+    """How numba kernels are told of `dtype`; None where there are no kernels for it, or not yet."""
+    return None if is_loading(dtype) else _known_tag(dtype)
+
+
+@functools.cache
+def _known_tag(dtype: torch.dtype) -> Any | None:
     module = kernel_module("cpu_jit")
     return None if module is None else module.dtype_tag(dtype)
+
+
+def load_kernels(dtype: torch.dtype) -> None:
+    """Starts loading the kernels for caches and logits of `dtype` in the background, if that has not happened yet."""
+    load_in_background(dtype, functools.partial(_warm_up, dtype))
+
+
+def _warm_up(dtype: torch.dtype) -> None:
+    # One tiny launch of each kernel: what numba compiles depends on types only.
+    with torch.inference_mode(False), torch.no_grad():
+        new = torch.zeros(2, 1, 8, dtype=dtype)
+        caches = (torch.zeros(2, 4, 1, 8, dtype=dtype), torch.zeros(2, 4, 1, 8, dtype=dtype))
+        metadata = PagedMetadata(
+            slot_mapping=torch.tensor([0, 4]),
+            block_tables=torch.tensor([[0], [1]], dtype=torch.int32),
+            seq_lens=torch.tensor([1, 1], dtype=torch.int32),
+            query_start_loc=torch.tensor([0, 1, 2], dtype=torch.int32),
+            num_decodes=2,
+            query_lens_list=[1, 1],
+            seq_lens_list=[1, 1],
+        )
+        paged_attention(new, new, new, *caches, metadata, scale=1.0)
+        store_kv(new, new, *caches, metadata.slot_mapping)
+        argmax_rows(new[:, 0])

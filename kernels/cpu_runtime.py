@@ -15,13 +15,13 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["in_forked_child", "kernel_module", "launch", "num_bins"]
+__all__ = ["in_forked_child", "is_loading", "kernel_module", "launch", "load_in_background", "num_bins", "wait_for_loading"]
 
 #: Below this many bytes a thread, starting it costs more than it saves.
 _MIN_BYTES_PER_THREAD = 128 * 1024
@@ -48,6 +48,58 @@ if hasattr(os, "register_at_fork"):
 def in_forked_child() -> bool:
     """Whether parallel kernels must not run here, because this process is a fork of one that may have run them."""
     return _process.forked
+
+
+class _Loading:
+    """Warm-ups that run in the background, by what they are for."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads: dict[Hashable, threading.Thread] = {}
+        self.finished: set[Hashable] = set()
+
+
+_loading = _Loading()
+if hasattr(os, "register_at_fork"):
+    # A child forked in the middle of an import would wait for ever for the thread that holds the import's lock.
+    os.register_at_fork(before=lambda: wait_for_loading())
+
+
+def load_in_background(key: Hashable, warm_up: Callable[[], None]) -> None:
+    """Runs `warm_up`, which imports, compiles or loads the kernels for `key`, in a thread; once a process and key.
+
+    Importing numba takes half a second and compiling for the first time several: until it is done `is_loading(key)` tells
+    callers to take the paths that need no numba.
+    """
+    with _loading.lock:
+        if key in _loading.threads or key in _loading.finished or _process.forked:
+            return
+
+        def run() -> None:
+            try:
+                warm_up()
+            except Exception as error:  # the call that needs the kernel will raise it where somebody can see it
+                warnings.warn(f"loading CPU kernels failed: {error}", RuntimeWarning, stacklevel=1)
+            finally:
+                _loading.finished.add(key)
+                _loading.threads.pop(key, None)
+
+        thread = threading.Thread(target=run, name="hf_paged-load-kernels")
+        _loading.threads[key] = thread
+        thread.start()
+
+
+def is_loading(key: Hashable) -> bool:
+    """Whether another thread is still loading the kernels for `key`."""
+    thread = _loading.threads.get(key)
+    return thread is not None and thread is not threading.current_thread()
+
+
+def wait_for_loading() -> None:
+    """Returns when nothing is being loaded."""
+    for thread in list(_loading.threads.values()):
+        if thread is not threading.current_thread():
+            thread.join()
 
 
 @functools.cache

@@ -54,6 +54,8 @@ class Runtime:
         )
         self.sampler = Sampler(_argmax_for(self.device, self.backend))
         self.runner = ModelRunner(self.device)
+        if self.backend == "cpu":
+            _load_cpu_kernels({g.dtype for g in geometry})
 
     @property
     def capacity_tokens(self) -> int:
@@ -66,8 +68,23 @@ class Runtime:
             self.cache.shrink(self.manager.trim())
 
     def close(self) -> None:
-        """Gives all KV memory back."""
+        """Gives all KV memory back; no thread is left."""
         self.cache.close()
+        if self.backend == "cpu":
+            _wait_for_cpu_kernels()
+
+
+def _load_cpu_kernels(dtypes: set[torch.dtype]) -> None:
+    from hf_paged.kernels.cpu_backend import load_kernels
+
+    for dtype in dtypes:
+        load_kernels(dtype)
+
+
+def _wait_for_cpu_kernels() -> None:
+    from hf_paged.kernels.cpu_runtime import wait_for_loading
+
+    wait_for_loading()
 
 
 def _argmax_for(device: torch.device, backend: str):  # noqa: ANN202 - a callable [R, V] -> [R]
