@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from hf_paged.engine import registry
 from hf_paged.engine.engine import PagedEngine
 from hf_paged.engine.stats import EngineStats
 from hf_paged.errors import ConfigError, EngineStateError, UnsupportedModelError
-from hf_paged.resolve import lost_by_resolving, resolve_model
+from hf_paged.resolve import is_text_generation_pipeline, lost_by_resolving, resolve_model
 
 if TYPE_CHECKING:
     from hf_paged.generation.client import EngineClient
@@ -55,6 +56,7 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
         present = registry.get(model)
         if present is not None:
             _check_same(present.config, config)
+            _attach(present, model_or_pipeline)
             _follow(present, model_or_pipeline)
             return model_or_pipeline
         spec = patches.find(model)
@@ -74,8 +76,10 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
             engine.replaced_generate = vars(model).get("generate")
             front.set("generate", _make_generate(model))
             registry.put(model, engine)
+            _attach(engine, model_or_pipeline)
             _follow(engine, model_or_pipeline)
         except BaseException:
+            registry.pop(model)
             front.revert()
             patch.revert()
             raise
@@ -96,7 +100,11 @@ def _make_generate(model: Any) -> Any:
         if engine is None:  # disabled while somebody held on to this function
             return (replaced or type(model).generate.__get__(model))(*args, **kwargs)
         from hf_paged.generation.backend import paged_generate
+        from hf_paged.generation.deferred import taker_of
 
+        taker = taker_of(engine)
+        if taker is not None:
+            return taker(model, replaced, args, kwargs)
         return paged_generate(model, replaced, engine, args, kwargs)
 
     generate.__signature__ = inspect.signature(model.generate)  # type: ignore[attr-defined]
@@ -110,6 +118,22 @@ def _follow(engine: PagedEngine, obj: Any) -> None:
     tuner = find_tuner(obj)
     if tuner is not None and isinstance(engine.adapters, PeftAdapters):
         engine.adapters.follow(tuner)
+
+
+def _attach(engine: PagedEngine, obj: Any) -> bool:
+    """Lets a pipeline feed the engine as a stream. Returns whether it did not do so before."""
+    if not is_text_generation_pipeline(obj):
+        return False
+    from hf_paged.integrations.pipeline import attach
+
+    return attach(obj, engine)
+
+
+def _detach(engine: PagedEngine) -> None:
+    # Only `_attach` imports it: where that never ran there is no pipeline to detach.
+    pipelines = sys.modules.get("hf_paged.integrations.pipeline")
+    if pipelines is not None:
+        pipelines.detach_all(engine)
 
 
 def _check_same(old: PagedConfig, new: PagedConfig) -> None:
@@ -126,6 +150,7 @@ def disable(obj: T) -> T:
     with _lock:
         engine = registry.pop(model)
     if engine is not None:
+        _detach(engine)
         from hf_paged.generation.returned_cache import fill_pending
 
         fill_pending(engine)  # caches given to users must outlive the pool
@@ -141,12 +166,17 @@ def disable(obj: T) -> T:
 def enabled(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iterator[T]:
     """`enable` for a block. A model that is enabled already stays so after it."""
     was_enabled = is_enabled(model)
+    was_attached = is_text_generation_pipeline(model) and "get_iterator" in vars(model)
     enable(model, config, **overrides)
     try:
         yield model
     finally:
         if not was_enabled:
             disable(model)
+        elif is_text_generation_pipeline(model) and not was_attached:
+            from hf_paged.integrations.pipeline import detach
+
+            detach(model)
 
 
 def is_enabled(obj: Any) -> bool:

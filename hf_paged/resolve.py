@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_paged.errors import UnsupportedModelError
 
-__all__ = ["lost_by_resolving", "resolve_model"]
+__all__ = ["is_text_generation_pipeline", "lost_by_resolving", "resolve_model"]
 
 _MODEL = "transformers.modeling_utils.PreTrainedModel"
 #: Base class of a wrapper -> where it keeps what it wraps.
@@ -75,6 +75,11 @@ def lost_by_resolving(obj: Any) -> str | None:
             return f"{obj.active_peft_config.peft_type} puts virtual tokens before each prompt"
         obj = getattr(obj, attribute)
     return None
+
+
+def is_text_generation_pipeline(obj: Any) -> bool:
+    """Whether `obj` is transformers' pipeline for text generation, or of a class derived from it."""
+    return "transformers.pipelines.text_generation.TextGenerationPipeline" in _class_names(obj)
 
 
 def _class_names(obj: Any) -> set[str]:
