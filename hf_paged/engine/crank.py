@@ -120,9 +120,12 @@ class Crank:
         self._idle.wait_for(lambda: self._paused_by is None)
 
     def close(self, error: BaseException) -> None:
-        """Ends every call with `error` and returns when nobody turns any more."""
+        """Ends every call with `error` and returns when nobody turns any more and no thread is left."""
+        thread = self._thread
         self.call_soon(lambda: self._loop.fail_all(error))
         self.drain()
+        if thread is not None:
+            thread.join()
 
     # --- turning ------------------------------------------------------------------------------------------------------
 

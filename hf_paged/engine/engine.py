@@ -183,9 +183,13 @@ class PagedEngine:
 
     def close(self) -> None:
         """Fails what still runs and gives everything back. The engine takes no calls after."""
-        self._closed = True
-        self._crank.close(EngineStateError("the model was disabled while the request was running"))
+        self.stop(EngineStateError("the model was disabled while the request was running"))
         self._loop.close()
+
+    def stop(self, error: EngineStateError) -> None:
+        """Fails what still runs with `error` and ends the engine thread. The engine takes no calls after."""
+        self._closed = True
+        self._crank.close(error)
 
     def reset_after_fork(self) -> None:
         """In a forked child: the parent's calls are not ours, its threads do not exist here."""

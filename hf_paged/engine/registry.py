@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
+
+from hf_paged.errors import EngineStateError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,4 +48,11 @@ def _after_fork_in_child() -> None:
         engine.reset_after_fork()
 
 
+def _stop_at_exit() -> None:
+    # A thread that the interpreter stops in the middle of a product takes the process down with it.
+    for engine in list(_engines.values()):
+        engine.stop(EngineStateError("the interpreter exits"))
+
+
+atexit.register(_stop_at_exit)
 os.register_at_fork(after_in_child=_after_fork_in_child)
