@@ -39,8 +39,8 @@ class LoraGroup(NamedTuple):
 def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup], *, backend: str) -> Tensor:
     """Adds `(x[i] @ a.T @ b.T + bias) * scaling` to `output[i]` for the rows of each group, in place.
 
-    Groups may overlap: several adapters add up. Products are in the dtype of `a` and `b`, the sum is rounded once to the
-    dtype of `output`.
+    Groups may overlap: several adapters add up. Products are in the dtype of `a` and `b`, the sum is rounded once to
+    the dtype of `output`.
 
     Args:
         output: [N, E_out], contiguous rows.
@@ -56,7 +56,9 @@ def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup], *, backend
     if backend not in BACKENDS:
         raise ValueError(f"lora_add_: backend={backend!r}; must be one of {', '.join(BACKENDS)}")
     if output.dim() != 2 or x.dim() != 2 or output.shape[0] != x.shape[0]:
-        raise ValueError(f"lora_add_: output {tuple(output.shape)} and x {tuple(x.shape)} must be [N, E_out] and [N, E_in]")
+        raise ValueError(
+            f"lora_add_: output {tuple(output.shape)} and x {tuple(x.shape)} must be [N, E_out] and [N, E_in]"
+        )
     for group in groups:
         _check(group, output, x)
     _module(BACKENDS[backend]).lora_add_(output, x, groups)

@@ -90,11 +90,6 @@ class StepLoop:
         if plan is None:
             self._fail_stuck(runtime)
             return
-        lost = {s.call: s.adapters for s in plan.sequences if s.adapters is not None and not s.adapters.is_present}
-        if lost:
-            for call, selection in lost.items():
-                self.fail([call], WeightsChangedError(f"adapter {selection} was removed or replaced while a request ran"))
-            return
         now = time.perf_counter()
         for seq in plan.sequences:
             if seq.call.first_scheduled_at is None:
@@ -102,12 +97,22 @@ class StepLoop:
         try:
             logits = self._forward(runtime, plan)
         except Exception as error:
-            self.fail(dict.fromkeys(s.call for s in plan.sequences), error)
+            if not self._fail_lost(plan):
+                self.fail(dict.fromkeys(s.call for s in plan.sequences), error)
             return
+        if self._fail_lost(plan):
+            return  # the others' tokens are planned again
         runtime.scheduler.advance(plan)
         self.counters.count_step(runtime.scheduler, len(plan.sequences))
         if plan.sample_indices:
             self._sample(runtime, plan, logits)
+
+    def _fail_lost(self, plan: StepPlan) -> bool:
+        """Fails the calls whose adapters were taken away under them. Asked after a step: it may happen during one."""
+        lost = {s.call: s.adapters for s in plan.sequences if s.adapters is not None and not s.adapters.is_present}
+        for call, selection in lost.items():
+            self.fail([call], WeightsChangedError(f"adapter {selection} was removed or replaced while a request ran"))
+        return bool(lost)
 
     def _forward(self, runtime: Runtime, plan: StepPlan) -> Tensor:
         if plan.block_copies:

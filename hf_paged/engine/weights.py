@@ -1,8 +1,8 @@
 """Noticing that weights changed, so that KV computed with old ones is never used with new ones.
 
 `_version` alone misses fused optimizers, `.data` edits and adapter merges, so the version also covers storage addresses, a
-counter raised after every optimizer step of the process, a sample of values of each tensor, and what is merged. Adapters
-have versions of their own: loading or training one leaves the prefixes of the others and of the base model as they are.
+counter raised after every optimizer step of the process, a sample of values of each tensor, and what is merged.
+Adapters have versions of their own: loading or changing one leaves prefixes of the others and of the base model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _count_step(*_args: Any) -> None:
 
 
 def weights_version(model: nn.Module) -> bytes:
-    """A digest (32 bytes) that differs when any weight or buffer of `model` outside of adapters does, or what is merged.
+    """A digest (32 bytes) that differs when a weight or saved buffer outside of adapters does, or what is merged.
 
     Cost is a few microseconds a tensor. CUDA values are not sampled here: that would wait for the device.
     """
@@ -49,7 +49,9 @@ def weights_version(model: nn.Module) -> bytes:
     merged = []
     for module in base_modules(model):
         tensors.extend(p for p in module._parameters.values() if p is not None)
-        tensors.extend(b for b in module._buffers.values() if b is not None)
+        # Buffers that are not saved are derived (RoPE frequencies grow with the longest forward): they are no weights.
+        derived = vars(module).get("_non_persistent_buffers_set", ())
+        tensors.extend(b for name, b in module._buffers.items() if b is not None and name not in derived)
         # An attribute of PEFT's tuner layers only; the model itself has methods named like their other attributes.
         if "merged_adapters" in module.__dict__:
             merged.append(module.merged_adapters)

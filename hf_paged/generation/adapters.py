@@ -37,7 +37,9 @@ def select_each(engine: PagedEngine, choices: Any, count: int) -> list[Selection
         return [select(engine, choices)] * count
     if not isinstance(choices, Sequence) or len(choices) != count:
         size = f"{len(choices)} adapters" if isinstance(choices, Sequence) else f"adapters={choices!r}"
-        raise InvalidRequestError(f"{size} for {count} prompts: give one name for all, or a list with one a prompt")
+        raise InvalidRequestError(
+            f"{size} for {count} prompts: give one name for all, or a list with one a prompt"
+        )
     known: dict[Any, Selection | None] = {}
     selections = []
     for i, choice in enumerate(choices):

@@ -106,8 +106,8 @@ def report_fallback(engine: PagedEngine, reasons: Sequence[FallbackReason]) -> N
         reasons: all reasons found, at least one; the first is the one counted.
 
     Raises:
-        FallbackError: with `fallback="error"`, or with `adapter_names` that only the engine knows of. The user's own switch, HF_PAGED_DISABLE, never raises nor
-            warns.
+        FallbackError: with `fallback="error"`, or with `adapter_names` that only the engine knows of. The user's own
+            switch, HF_PAGED_DISABLE, never raises otherwise, nor warns.
     """
     rows = row_adapters.get()
     if rows is not None and rows.ours and rows.model is engine.model:

@@ -26,7 +26,6 @@ from hf_paged.engine.adapters import (
 from hf_paged.errors import InvalidRequestError
 from hf_paged.integrations.peft_layers import active_state, run_in_step
 from hf_paged.patches.apply import AppliedPatch
-from hf_paged.patches.attention import bind_step_forward
 from hf_paged.patches.instance import InstancePatch
 
 _BASE_MODEL = Selection(())
@@ -72,15 +71,19 @@ class PeftAdapters:
     def follow(self, tuner: nn.Module) -> None:
         """Takes `adapter_names` from PEFT's own calls through `tuner`, thread by thread.
 
-        Its hooks on the layers, which other threads see too, are then nobody's but the forwards outside of steps. Tuners
-        without such hooks leave `adapter_names` unread; here they are served like the others.
+        Its hooks on the layers, which other threads see too, are then left to forwards outside of steps. Tuners without
+        such hooks leave `adapter_names` unread; here they are served like the others.
         """
         method = getattr(type(tuner), "_enable_peft_forward_hooks", None)
         model, reference = self._model, weakref.ref(tuner)
 
         @contextmanager
         def enable_peft_forward_hooks(*args: Any, **kwargs: Any) -> Iterator[None]:
-            rows = RowAdapters(model(), kwargs.get("adapter_names"), ours=method is None and bool(kwargs.get("adapter_names")))
+            rows = RowAdapters(
+                model(),
+                kwargs.get("adapter_names"),
+                ours=method is None and bool(kwargs.get("adapter_names")),
+            )
             token = row_adapters.set(rows)
             try:
                 hooks = nullcontext() if method is None else method(reference(), *args, **kwargs)
@@ -131,9 +134,17 @@ class PeftAdapters:
             selection = self.current()
             self._check_chooseable(() if selection is None else selection.names)
             return selection
-        names = (choice,) if isinstance(choice, str) else tuple(choice) if isinstance(choice, list | tuple) else None
+        names = (
+            (choice,)
+            if isinstance(choice, str)
+            else tuple(choice)
+            if isinstance(choice, list | tuple)
+            else None
+        )
         if names is None or not all(isinstance(name, str) for name in names):
-            raise InvalidRequestError(f"adapter {choice!r}: must be a name, a list of names, {BASE!r} or None")
+            raise InvalidRequestError(
+                f"adapter {choice!r}: must be a name, a list of names, {BASE!r} or None"
+            )
         names = tuple(dict.fromkeys(name for name in names if name != BASE))
         known = self.names()
         for name in names:
@@ -162,7 +173,12 @@ class PeftAdapters:
 
     def names(self) -> set[str]:
         """The names of all adapters that a layer has a part of."""
-        return {name for layer in self._present() for container in containers(layer) for name in entries(container)}
+        return {
+            name
+            for layer in self._present()
+            for container in containers(layer)
+            for name in entries(container)
+        }
 
     def _selection(self, names: tuple[str, ...]) -> Selection:
         if not names:
@@ -185,7 +201,9 @@ class PeftAdapters:
         try:
             for layer in self._present() if selection is not None else ():
                 state = vars(layer)
-                kept = {name: state[name] for name in ("_active_adapter", "_disable_adapters") if name in state}
+                kept = {
+                    name: state[name] for name in ("_active_adapter", "_disable_adapters") if name in state
+                }
                 before.append((state, kept))
                 state.update(active_state(layer, selection))
             yield
@@ -229,9 +247,13 @@ def _active(layer: Any) -> tuple[str, ...]:
 def find_tuner(obj: Any) -> nn.Module | None:
     """The tuner (`LoraModel` and the like) of the PeftModel that `obj` is or wraps."""
     for _ in range(16):
-        if obj is None or any(cls.__module__.startswith("transformers.modeling_utils") for cls in type(obj).__mro__):
+        if obj is None or any(
+            cls.__module__.startswith("transformers.modeling_utils") for cls in type(obj).__mro__
+        ):
             return None
-        if any(cls.__module__.startswith("peft.") and cls.__name__ == "BaseTuner" for cls in type(obj).__mro__):
+        if any(
+            cls.__module__.startswith("peft.") and cls.__name__ == "BaseTuner" for cls in type(obj).__mro__
+        ):
             return obj
         state = vars(obj) if hasattr(obj, "__dict__") else {}
         children = state.get("_modules") or {}

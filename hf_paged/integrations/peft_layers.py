@@ -1,9 +1,10 @@
 """One adapter layer of PEFT inside of an engine step, whose tokens may belong to many adapters.
 
-Plain LoRA computes its base product once for all tokens and adds each adapter's low-rank product to the tokens of that
-adapter. Every other layer that works token by token (DoRA, (IA)³, OFT, VeRA, `modules_to_save`, ...) runs PEFT's own forward
-for one selection's tokens after another. Either way the layer itself is not touched: what is active in it is the user's, and
-another thread may be using it. PEFT's forward is run on a shadow instead, which shares everything but what is active.
+Plain LoRA computes its base product once for all tokens and adds each adapter's low-rank product to the tokens of
+that adapter. Every other layer that works token by token (DoRA, (IA)³, OFT, VeRA, `modules_to_save`, ...) runs PEFT's
+own forward for one selection's tokens after another. Either way the layer itself is not touched: what is active in it
+is the user's, and another thread may be using it. PEFT's forward is run on a shadow instead, which shares everything
+but what is active.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def active_state(layer: Any, selection: Selection) -> dict[str, Any]:
     return {"_active_adapter": [] if name is None else name, "_disable_adapters": name is None}
 
 
-def _within(layer: nn.Module, runs: AdapterRuns, selection: Selection | None, args: tuple, kwargs: dict) -> Any:
+def _within(
+    layer: nn.Module, runs: AdapterRuns, selection: Selection | None, args: tuple, kwargs: dict
+) -> Any:
     runs.within.append(selection)
     try:
         return _run_as(layer, selection, args, kwargs)
@@ -86,7 +89,9 @@ def _run_as(layer: nn.Module, selection: Selection | None, args: tuple, kwargs: 
 
 def _refuse_merged(layer: Any) -> None:
     if vars(layer).get("merged_adapters"):
-        raise WeightsChangedError(f"adapters {layer.merged_adapters} were merged into the weights while requests ran")
+        raise WeightsChangedError(
+            f"adapters {layer.merged_adapters} were merged into the weights while requests ran"
+        )
 
 
 # --- plain LoRA -------------------------------------------------------------------------------------------------------
@@ -120,18 +125,16 @@ def _names(layer: Any, selection: Selection | None) -> Any:
     return selection.names
 
 
-def _linear(
-    layer: Any, backend: str, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict
-) -> Tensor:
+def _linear(layer: Any, backend: str, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     output = layer.base_layer(x, *args, **kwargs)
     modules = layer._modules
     matrices_a, matrices_b = modules["lora_A"]._modules, modules["lora_B"]._modules
     groups = []
     for selection, first, end in parts:
         for name in _names(layer, selection):
-            a = matrices_a.get(name)
-            if a is not None:
-                a, b = a._parameters, matrices_b[name]._parameters
+            a, b = matrices_a.get(name), matrices_b.get(name)
+            if a is not None and b is not None:
+                a, b = a._parameters, b._parameters
                 groups.append(LoraGroup(first, end, a["weight"], b["weight"], b["bias"], layer.scaling[name]))
     if groups:
         lora_add_(output.flatten(0, -2), x.flatten(0, -2), groups, backend=backend)
