@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -41,6 +41,30 @@ def split_ints(option: str, value: str) -> tuple[int, ...]:
     if not parts or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise ValueError(f"{option}={value!r}: must be positive numbers with commas between them")
     return tuple(int(p) for p in parts)
+
+
+def load_adapters(model: Any, values: Sequence[str]) -> list[str]:
+    """Loads the PEFT checkpoints of `--adapter NAME=PATH` options; the first one is active after.
+
+    Returns:
+        The names, in the order given. "__base__" without a path stands for the model without adapters.
+
+    Raises:
+        ValueError: an option is malformed, or its checkpoint cannot be loaded.
+    """
+    from hf_paged.integrations.peft_checkpoints import load_adapter
+
+    names = []
+    for value in values:
+        name, equals, path = value.partition("=")
+        if value != "__base__":
+            if not equals or not path:
+                raise ValueError(f"--adapter {value}: must be NAME=PATH, or __base__")
+            load_adapter(model, path, name)
+        names.append(name)
+    if own := [name for name in names if name != "__base__"]:
+        model.set_adapter(own[0])
+    return names
 
 
 def writable(path: Path | None) -> Path | None:

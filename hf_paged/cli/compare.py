@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_paged.cli.common import fail, quiet_libraries, split_ints, split_names, usage_errors, writable
+from hf_paged.cli.common import (
+    fail,
+    load_adapters,
+    quiet_libraries,
+    split_ints,
+    split_names,
+    usage_errors,
+    writable,
+)
 
 if TYPE_CHECKING:
     from hf_paged.comparison.report import CompareReport
@@ -25,6 +34,10 @@ def compare(
     ] = None,
     num_requests: Annotated[int, typer.Option(min=1, help="Requests to draw")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of prompts that bring none")] = 128,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH of a PEFT adapter, many times: all are loaded, the first one runs"),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's")
     ] = None,
@@ -68,6 +81,7 @@ def compare(
             dtype=dtype,
             device=device,
             output=output,
+            adapters=adapter or (),
         )
     typer.echo(_rendered(report))
     if output is not None:
@@ -85,6 +99,7 @@ def run(
     dtype: str | None,
     device: str | None,
     output: Path | None,
+    adapters: Sequence[str] = (),
 ) -> CompareReport:
     """Loads the model and compares; the JSON is rewritten after every run, so that nothing is lost.
 
@@ -105,6 +120,7 @@ def run(
     Options(**{k: v for k, v in arguments.items() if k in Options.__dataclass_fields__})
     quiet_libraries()
     loaded = load_model(spec, dtype=dtype, device=device, seed=arguments["seed"])
+    load_adapters(loaded.model, adapters)
     return run_comparison(
         loaded.model,
         rows,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from hf_paged.cli.common import fail, quiet_libraries, usage_errors
+from hf_paged.cli.common import fail, load_adapters, quiet_libraries, usage_errors
 
 
 def generate(
@@ -19,6 +20,12 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same samples")] = None,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Texts for each prompt")] = 1,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATH of a PEFT adapter, many times; or __base__. Each prompt runs with each of them"
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's")
     ] = None,
@@ -39,15 +46,20 @@ def generate(
             model,
             prompts,
             options | {"max_new_tokens": max_new_tokens},
+            adapters=adapter or (),
             dtype=dtype,
             device=device,
             seed=seed,
         )
-    for number, text in enumerate(texts):
+    titles = [
+        f"[{number}] {prompt}" + (f"  ({name.partition('=')[0]})" if name else "")
+        for number, prompt in enumerate(prompts, start=1)
+        for name in adapter or [""]
+        for _ in range(num_return_sequences)
+    ]
+    for title, text in zip(titles, texts, strict=True):
         if len(texts) > 1:
-            typer.secho(
-                f"[{number // num_return_sequences + 1}] {prompts[number // num_return_sequences]}", bold=True
-            )
+            typer.secho(title, bold=True)
         typer.echo(text)
     for note in notes:
         typer.echo(note, err=True)
@@ -59,6 +71,7 @@ def run(
     prompts: list[str],
     options: dict[str, Any],
     *,
+    adapters: Sequence[str] = (),
     dtype: str | None,
     device: str | None,
     seed: int | None,
@@ -82,6 +95,10 @@ def run(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    names = load_adapters(model, adapters)
+    if names:
+        options = options | {"adapter_names": names * len(prompts)}
+        prompts = [prompt for prompt in prompts for _ in names]
     batch = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1).to(model.device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if seed is not None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from hf_paged.integrations.peft_checkpoints import base_of, is_checkpoint, load_adapter
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -91,6 +93,8 @@ def load_model(
 ) -> LoadedModel:
     """Loads `spec`: a folder, a hub id, or "random:NAME" with NAME in `RANDOM_SHAPES`.
 
+    A folder may be a PEFT checkpoint: its base model is loaded, with the adapter active under the name "default".
+
     Args:
         spec: what to load.
         dtype: weights' dtype; None is float32 for random weights and the checkpoint's own for others.
@@ -106,6 +110,10 @@ def load_model(
         return LoadedModel(spec, model.to(device), None, True)
     from transformers import AutoModelForCausalLM
 
+    if is_checkpoint(spec):
+        loaded = load_model(base_of(spec), dtype=dtype, device=device)
+        load_adapter(loaded.model, spec, "default")
+        return LoadedModel(spec, loaded.model.eval(), _load_tokenizer(spec) or loaded.tokenizer, False)
     looks_local = spec.startswith((".", "/", "~")) or Path(spec).exists()
     if looks_local and not (Path(spec).expanduser() / "config.json").is_file():
         raise ValueError(f"{spec}: no config.json there, so not a saved model")
