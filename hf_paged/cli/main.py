@@ -8,6 +8,7 @@ from hf_paged.cli.bench import bench
 from hf_paged.cli.compare import compare
 from hf_paged.cli.env import env
 from hf_paged.cli.generate import generate
+from hf_paged.cli.run import SETTINGS, run
 
 app = typer.Typer(
     name="hf-paged",
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command()(compare)
 app.command()(bench)
 app.command()(generate)
+app.command(context_settings=SETTINGS)(run)
 app.command()(env)
 
 
