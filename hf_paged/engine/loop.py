@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ class StepLoop:
         self.config = config
         self.counters = Counters()
         self.runtime: Runtime | None = None
+        self._building = threading.Lock()
         self.calls: dict[Call, None] = {}
         self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)
 
@@ -57,12 +59,16 @@ class StepLoop:
         runtime = self.runtime
         if runtime is not None and runtime.geometry == geometry:
             return runtime
-        if runtime is not None:
-            if self.calls or self.kept:
-                raise EngineStateError("the model's dtype, device or layers changed while requests were running")
-            runtime.close()
-        self.runtime = Runtime(geometry, self.config)
-        return self.runtime
+        with self._building:  # callers ask for it too, not only the holder of the crank
+            runtime = self.runtime
+            if runtime is not None and runtime.geometry == geometry:
+                return runtime
+            if runtime is not None:
+                if self.calls or self.kept:
+                    raise EngineStateError("the model's dtype, device or layers changed while requests were running")
+                runtime.close()
+            self.runtime = Runtime(geometry, self.config)
+            return self.runtime
 
     def take_up(self, call: Call) -> None:
         """Called by the crank holder for each new call."""
@@ -241,6 +247,7 @@ class StepLoop:
         self.calls.clear()
         self.kept.clear()
         self.runtime = None
+        self._building = threading.Lock()
 
     def _restart(self, call: Call) -> None:
         self.calls[call] = None

@@ -57,7 +57,8 @@ class PeftAdapters:
         with self._lock:
             present = {id(layer): layer for layer in base_modules(model) if is_adapter_layer(layer)}
             for key, reference in list(self._layers.items()):
-                if reference() is not present.get(key):
+                layer = reference()
+                if layer is None or layer is not present.get(key):
                     del self._layers[key]
                     applied.release(key)
             for key, layer in present.items():
