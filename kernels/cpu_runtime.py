@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["in_forked_child", "is_loading", "kernel_module", "launch", "load_in_background", "num_bins", "wait_for_loading"]
+__all__ = ["cancel_deferral", "defer_loading", "in_forked_child", "is_loading", "kernel_module", "launch", "load_in_background", "num_bins", "wait_for_loading"]
 
 #: Below this many bytes a thread, starting it costs more than it saves.
 _MIN_BYTES_PER_THREAD = 128 * 1024
@@ -38,6 +38,7 @@ class _Process:
         # Another thread of the parent may have held the lock: in the child nobody would release it.
         self.launch_lock = threading.Lock()
         self.forked = True
+        _loading.deferred.clear()
 
 
 _process = _Process()
@@ -57,12 +58,25 @@ class _Loading:
         self.lock = threading.Lock()
         self.threads: dict[Hashable, threading.Thread] = {}
         self.finished: set[Hashable] = set()
+        self.deferred: set[Hashable] = set()  # nobody has started them yet
 
 
 _loading = _Loading()
 if hasattr(os, "register_at_fork"):
     # A child forked in the middle of an import would wait for ever for the thread that holds the import's lock.
     os.register_at_fork(before=lambda: wait_for_loading())
+
+
+def defer_loading(key: Hashable) -> None:
+    """Makes `is_loading(key)` true until somebody calls `load_in_background`, if that has not happened yet."""
+    with _loading.lock:
+        if key not in _loading.finished and key not in _loading.threads and not _process.forked:
+            _loading.deferred.add(key)
+
+
+def cancel_deferral(key: Hashable) -> None:
+    """Undoes `defer_loading`: the kernels for `key` load when they are next needed."""
+    _loading.deferred.discard(key)
 
 
 def load_in_background(key: Hashable, warm_up: Callable[[], None]) -> None:
@@ -86,13 +100,16 @@ def load_in_background(key: Hashable, warm_up: Callable[[], None]) -> None:
 
         thread = threading.Thread(target=run, name="hf_paged-load-kernels")
         _loading.threads[key] = thread
+        _loading.deferred.discard(key)
         thread.start()
 
 
 def is_loading(key: Hashable) -> bool:
-    """Whether another thread is still loading the kernels for `key`."""
+    """Whether the kernels for `key` are yet to be loaded, or just being loaded by another thread."""
     thread = _loading.threads.get(key)
-    return thread is not None and thread is not threading.current_thread()
+    if thread is None:
+        return key in _loading.deferred
+    return thread is not threading.current_thread()
 
 
 def wait_for_loading() -> None:

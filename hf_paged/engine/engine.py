@@ -184,12 +184,12 @@ class PagedEngine:
     def close(self) -> None:
         """Fails what still runs and gives everything back. The engine takes no calls after."""
         self.stop(EngineStateError("the model was disabled while the request was running"))
-        self._loop.close()
 
     def stop(self, error: EngineStateError) -> None:
-        """Fails what still runs with `error` and ends the engine thread. The engine takes no calls after."""
+        """As `close`; what still runs fails with `error`. No thread is left."""
         self._closed = True
         self._crank.close(error)
+        self._loop.close()
 
     def reset_after_fork(self) -> None:
         """In a forked child: the parent's calls are not ours, its threads do not exist here."""

@@ -108,6 +108,7 @@ class StepLoop:
             return
         if self._fail_lost(plan):
             return  # the others' tokens are planned again
+        runtime.stepped()
         runtime.scheduler.advance(plan)
         self.counters.count_step(runtime.scheduler, len(plan.sequences))
         if plan.sample_indices:
@@ -277,7 +278,7 @@ class StepLoop:
     def went_idle(self) -> None:
         """Called by the crank holder when nothing is left to run."""
         if self.runtime is not None:
-            self.runtime.trim()
+            self.runtime.went_idle()
 
     def drop_cached(self) -> None:
         if self.runtime is not None:

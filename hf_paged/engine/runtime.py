@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from hf_paged.config import PagedConfig
@@ -54,8 +56,18 @@ class Runtime:
         )
         self.sampler = Sampler(_argmax_for(self.device, self.backend))
         self.runner = ModelRunner(self.device)
-        if self.backend == "cpu":
-            _load_cpu_kernels({g.dtype for g in geometry})
+        self._cpu_kernels = _CpuKernels({g.dtype for g in geometry}) if self.backend == "cpu" else None
+
+    def stepped(self) -> None:
+        """After each step: a call that has run for a while is worth loading faster kernels beside it."""
+        if self._cpu_kernels is not None:
+            self._cpu_kernels.stepped()
+
+    def went_idle(self) -> None:
+        """Nothing is left to run."""
+        self.trim()
+        if self._cpu_kernels is not None:
+            self._cpu_kernels.load()
 
     @property
     def capacity_tokens(self) -> int:
@@ -70,21 +82,44 @@ class Runtime:
     def close(self) -> None:
         """Gives all KV memory back; no thread is left."""
         self.cache.close()
-        if self.backend == "cpu":
-            _wait_for_cpu_kernels()
+        if self._cpu_kernels is not None:
+            self._cpu_kernels.close()
 
 
-def _load_cpu_kernels(dtypes: set[torch.dtype]) -> None:
-    from hf_paged.kernels.cpu_backend import load_kernels
+class _CpuKernels:
+    """When numba's kernels are loaded: not in the first moments of a process's first call, which a short call would wait for.
 
-    for dtype in dtypes:
-        load_kernels(dtype)
+    Importing numba holds the interpreter's lock for half a second; until it is done steps run on torch's SDPA.
+    """
 
+    _PATIENCE_S = 0.3
 
-def _wait_for_cpu_kernels() -> None:
-    from hf_paged.kernels.cpu_runtime import wait_for_loading
+    def __init__(self, dtypes: set[torch.dtype]) -> None:
+        from hf_paged.kernels import cpu_backend, cpu_runtime
 
-    wait_for_loading()
+        self._backend, self._runtime, self._dtypes = cpu_backend, cpu_runtime, dtypes
+        self._first_step: float | None = None
+        self._requested = False
+        for dtype in dtypes:
+            cpu_runtime.defer_loading(dtype)
+
+    def stepped(self) -> None:
+        if self._requested:
+            return
+        now = time.perf_counter()
+        self._first_step = self._first_step or now
+        if now - self._first_step > self._PATIENCE_S:
+            self.load()
+
+    def load(self) -> None:
+        self._requested = True
+        for dtype in self._dtypes:
+            self._backend.load_kernels(dtype)
+
+    def close(self) -> None:
+        for dtype in self._dtypes:
+            self._runtime.cancel_deferral(dtype)
+        self._runtime.wait_for_loading()
 
 
 def _argmax_for(device: torch.device, backend: str):  # noqa: ANN202 - a callable [R, V] -> [R]
