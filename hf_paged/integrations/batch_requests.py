@@ -171,7 +171,7 @@ class BatchRequests:
             device=self._model.device,
         )
         criteria = StoppingCriteriaList([MaxLengthCriteria(len(token_ids) + config.max_new_tokens)])
-        if config.eos_token_id is not None:
+        if config._eos_token_tensor is not None:
             criteria.append(EosTokenCriteria(config._eos_token_tensor))
         method = GENERATION_MODES_MAPPING[config.get_generation_mode()]
         return Prepared(method, (), {}, ids, processors, criteria, config, False, None, {})

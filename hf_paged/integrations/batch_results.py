@@ -15,6 +15,16 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 if TYPE_CHECKING:
     from hf_paged.engine.request import Call, Sequence
 
+
+class _Output(GenerationOutput):
+    """For versions of transformers that never call a failed request finished: `generate_batch` would wait for ever."""
+
+    def is_finished(self) -> bool:
+        return self.status in (RequestStatus.FINISHED, RequestStatus.FAILED)
+
+
+_failed = GenerationOutput(request_id="", status=RequestStatus.FAILED)
+_OUTPUT: type[GenerationOutput] = GenerationOutput if _failed.is_finished() else _Output
 #: Versions of transformers differ in them.
 _OUTPUT_FIELDS = {f.name for f in dataclasses.fields(GenerationOutput)}
 
@@ -43,7 +53,7 @@ class AddedRequest:
         tokens = sequence.generated_ids
         logprobs = [] if spec.logprobs is None else [p.logprob for p in spec.token_logprobs[sequence.row]]
         stamps = self.timestamps.get(sequence.row, []) if self.record_timestamps else None
-        fields = {
+        fields: dict[str, Any] = {
             "request_id": self.request_id + (f"__child#{sequence.row - 1}" if sequence.row else ""),
             "prompt_ids": self.prompt,
             "generated_tokens": tokens,
@@ -54,13 +64,13 @@ class AddedRequest:
             "lifespan": (call.first_scheduled_at or -1, call.finished_at or -1),
             "timestamps": None if stamps is None else list(stamps),
         }
-        return GenerationOutput(**{k: v for k, v in fields.items() if k in _OUTPUT_FIELDS})
+        return _OUTPUT(**{k: v for k, v in fields.items() if k in _OUTPUT_FIELDS})
 
     def failures(self, error: BaseException) -> list[GenerationOutput]:
         """The outputs of a request that failed, with the tokens made before."""
         if self.call is not None:
             return [self.output(s, RequestStatus.FAILED, str(error)) for s in self.call.sequences]
-        output = GenerationOutput(request_id=self.request_id, prompt_ids=self.prompt, error=str(error))
+        output = _OUTPUT(request_id=self.request_id, prompt_ids=self.prompt, error=str(error))
         output.status, output.created_time = RequestStatus.FAILED, self.created_time
         return [output]
 

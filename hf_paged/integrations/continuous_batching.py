@@ -86,7 +86,9 @@ class _Door:
             batching_config = (
                 getattr(config, "continuous_batching_config", None) or ContinuousBatchingConfig()
             )
-        reasons = configuration_reasons(model, {**kwargs, **dict(enumerate(args[1:], 1))})
+        reasons = configuration_reasons(
+            model, kwargs | {f"argument {i}": value for i, value in enumerate(args[1:], 4)}
+        )
         if config is not None and not reasons:
             requests = BatchRequests(model, engine, config, batching_config)
             reasons = requests.reasons()

@@ -53,7 +53,7 @@ class ProcessWide:
 
     def install(self) -> None:
         """Wraps transformers' methods, now or when they are imported."""
-        waiting = {}
+        waiting: dict[str, Callable[[Any], None]] = {}
         for module, places in _WRAPPED.items():
             if module in sys.modules:
                 self._wrap(sys.modules[module], places)
