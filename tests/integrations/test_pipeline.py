@@ -370,3 +370,15 @@ def test_disabled_by_the_environment(pipe: Any, monkeypatch: pytest.MonkeyPatch)
     with hf_paged.enabled(pipe):
         assert pipe(TEXTS[:2], **GREEDY) == expected
         assert hf_paged.stats(pipe).native_calls == 0
+
+
+def test_a_pipeline_around_a_peft_model(pipe: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        copy.deepcopy(pipe.model), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    around = pipeline("text-generation", model=adapted.eval(), tokenizer=pipe.tokenizer)
+    got = both(around, lambda: TEXTS, len(TEXTS), **GREEDY)
+    assert got != pipe(TEXTS, **GREEDY)
