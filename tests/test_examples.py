@@ -23,6 +23,7 @@ SAYS = {
     "chat_prefix_reuse.py": "prompt tokens were in the cache",
     "compare_ab.py": "hf_paged",
     "grpo.py": "16 rollouts, no fallbacks",
+    "multi_lora.py": "shout",
     "pipeline_dataset.py": "32 requests, up to",
     "quickstart.py": "native_calls=1",
     "streaming.py": "\n",
@@ -33,7 +34,7 @@ def test_every_example_is_here() -> None:
     assert set(EXAMPLES) == set(SAYS)
 
 
-@pytest.mark.parametrize("name", sorted(SAYS.keys() - {"grpo.py"}))
+@pytest.mark.parametrize("name", sorted(SAYS.keys() - {"grpo.py", "multi_lora.py"}))
 def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(ROOT / "examples" / name)
     monkeypatch.setattr(sys, "argv", [path])
@@ -49,15 +50,28 @@ def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         assert stats.prefix_hit_tokens > 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="TRL's wrapper of the model's forward is not known to be a pass-through: forward_replaced",
+#: In a process of their own: what they import from their folder, and what accelerate keeps of a first trainer.
+ALONE = {"grpo.py": [], "multi_lora.py": ["--steps", "2"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "multi_lora.py",
+        pytest.param(
+            "grpo.py",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="TRL's wrapper of the model's forward is not known to be a pass-through: forward_replaced",
+            ),
+        ),
+    ],
 )
-def test_grpo() -> None:
-    pytest.importorskip("trl")
-    # In a process of its own: accelerate keeps the first trainer's settings for all that come after it.
+def test_example_alone(name: str) -> None:
+    if name == "grpo.py":
+        pytest.importorskip("trl")
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "grpo.py"],
+        [sys.executable, ROOT / "examples" / name, *ALONE[name]],
         capture_output=True,
         text=True,
         timeout=280,
@@ -65,4 +79,4 @@ def test_grpo() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    assert SAYS["grpo.py"] in done.stdout
+    assert SAYS[name] in done.stdout
