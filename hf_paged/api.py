@@ -33,7 +33,8 @@ _lock = threading.RLock()
 def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides: Any) -> T:
     """Makes `generate` of the model inside run on a paged KV cache with continuous batching.
 
-    Nothing but this instance changes, and nothing is allocated until the first call. Again with the same options: no-op.
+    Nothing but this instance changes, and nothing is allocated until the first call. Again with the same
+    options: no-op.
 
     Args:
         model_or_pipeline: an HF causal language model of a supported family, or anything that holds one.
@@ -147,7 +148,8 @@ def _check_same(old: PagedConfig, new: PagedConfig) -> None:
 
 
 def disable(obj: T) -> T:
-    """Makes the model exactly what it was before `enable`; requests still running fail. A no-op if it is not enabled."""
+    """Makes the model exactly what it was before `enable`; requests still running fail. A no-op if it is not
+    enabled."""
     model = resolve_model(obj)
     with _lock:
         engine = registry.pop(model)
@@ -270,5 +272,7 @@ def _require(obj: Any) -> tuple[Any, PagedEngine]:
     model = resolve_model(obj)
     paged = registry.get(model)
     if paged is None:
-        raise EngineStateError(f"this {type(model).__name__} is not enabled: call hf_paged.enable(model) first")
+        raise EngineStateError(
+            f"this {type(model).__name__} is not enabled: call hf_paged.enable(model) first"
+        )
     return model, paged

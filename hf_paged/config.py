@@ -17,14 +17,18 @@ class PagedConfig:
     """Options of an enabled model. Nothing is allocated until the first native call."""
 
     block_size: int = 16  # tokens a KV block holds
-    kv_cache_memory: int | str | None = None  # most bytes of KV ("2GiB"); None: half of what is free, taken as needed
+    kv_cache_memory: int | str | None = (
+        None  # most bytes of KV ("2GiB"); None: half of what is free, taken as needed
+    )
     max_num_seqs: int = 256  # sequences in one step
     max_num_batched_tokens: int | None = None  # tokens in one step; None: by device
     prefix_caching: bool = True  # keep full blocks of finished requests for later prompts that begin alike
     kv_cache_dtype: str = "auto"  # "auto": the model's dtype
     backend: Literal["auto", "triton", "cpu", "reference"] = "auto"
     cuda_graphs: Literal["auto"] | bool = "auto"  # capture decode steps on CUDA
-    fallback: Literal["warn", "silent", "error"] = "warn"  # what happens when a call cannot be served natively
+    fallback: Literal["warn", "silent", "error"] = (
+        "warn"  # what happens when a call cannot be served natively
+    )
     deterministic: bool = False  # results independent of what else is in the batch, bit for bit
     cache_salt: str = ""  # prefixes are only shared between requests of one salt
 
@@ -59,7 +63,9 @@ class PagedConfig:
         names = {f.name for f in fields(cls)}
         for name in overrides:
             if name not in names:
-                raise ConfigError(f"{name}={overrides[name]!r}: not an option; options are {', '.join(sorted(names))}")
+                raise ConfigError(
+                    f"{name}={overrides[name]!r}: not an option; options are {', '.join(sorted(names))}"
+                )
         config = replace(config, **overrides)
         backend = os.environ.get("HF_PAGED_BACKEND")
         if backend and config.backend == "auto":

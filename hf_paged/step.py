@@ -3,7 +3,8 @@
 `StepPlan` is plain data from the scheduler (no tensors). `StepInputs` are the tensors made of it by `engine.batch`.
 While the model runs, the attention layers find their `StepInputs` through `current_step()`: it is per thread, set only
 around the forward of an engine step, and carries the `owner` whose layers may use it. Everywhere else (training, plain
-forwards, another thread, another model) `current_step()` is None or has another owner, and a layer runs what it ran before.
+forwards, another thread, another model) `current_step()` is None or has another owner, and a layer runs what it ran
+before.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class StepPlan:
 class AdapterRuns:
     """Which adapters (a `Selection`; None: those of the model) the tokens of a step run with: (selection, first, end).
 
-    A layer sees either the T tokens of the step or the R rows that get logits. Where both are as many, they are the same.
+    A layer sees either the T tokens of the step or the R rows that get logits. Where both are as many, they
+    are the same.
     """
 
     tokens: list[tuple[Selection | None, int, int]]

@@ -47,7 +47,7 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
     if tag is None:
         reference.store_kv(key, value, k_cache, v_cache, slot_mapping)
         return
-    kernels = kernel_module("cpu_store_kv")
+    kernels: Any = kernel_module("cpu_store_kv")
     key, value = key.to(k_cache.dtype), value.to(k_cache.dtype)
     bins = num_bins(4 * key.numel() * key.element_size())
     launch(

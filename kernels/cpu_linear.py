@@ -1,8 +1,9 @@
 """Float32 matrix products on CPUs where torch's default library leaves half of the machine unused.
 
-torch hands float32 products to MKL, which on processors of other makers than Intel stays with AVX2 kernels. oneDNN, also
-part of torch, generates AVX-512 code on any of them: on a Zen 5 core it is 2 to 2.5 times as fast from two rows up, and 1.5 to 3
-times for one row of GPT-2's layers, with the weights as they lie in memory (docs/decisions.md). The sums are float32 in both.
+torch hands float32 products to MKL, which on processors of other makers than Intel stays with AVX2 kernels.
+oneDNN, also part of torch, generates AVX-512 code on any of them: on a Zen 5 core it is 2 to 2.5 times as fast
+from two rows up, and 1.5 to 3 times for one row of GPT-2's layers, with the weights as they lie in memory
+(docs/decisions.md). The sums are float32 in both.
 """
 
 from __future__ import annotations

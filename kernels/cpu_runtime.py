@@ -21,7 +21,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["cancel_deferral", "defer_loading", "in_forked_child", "is_loading", "kernel_module", "launch", "load_in_background", "num_bins", "wait_for_loading"]
+__all__ = [
+    "cancel_deferral",
+    "defer_loading",
+    "in_forked_child",
+    "is_loading",
+    "kernel_module",
+    "launch",
+    "load_in_background",
+    "num_bins",
+    "wait_for_loading",
+]
 
 #: Below this many bytes a thread, starting it costs more than it saves.
 _MIN_BYTES_PER_THREAD = 128 * 1024
@@ -82,8 +92,8 @@ def cancel_deferral(key: Hashable) -> None:
 def load_in_background(key: Hashable, warm_up: Callable[[], None]) -> None:
     """Runs `warm_up`, which imports, compiles or loads the kernels for `key`, in a thread; once a process and key.
 
-    Importing numba takes half a second and compiling for the first time several: until it is done `is_loading(key)` tells
-    callers to take the paths that need no numba.
+    Importing numba takes half a second and compiling for the first time several: until it is done
+    `is_loading(key)` tells callers to take the paths that need no numba.
     """
     with _loading.lock:
         if key in _loading.threads or key in _loading.finished or _process.forked:
@@ -92,7 +102,9 @@ def load_in_background(key: Hashable, warm_up: Callable[[], None]) -> None:
         def run() -> None:
             try:
                 warm_up()
-            except Exception as error:  # the call that needs the kernel will raise it where somebody can see it
+            except (
+                Exception
+            ) as error:  # the call that needs the kernel will raise it where somebody can see it
                 warnings.warn(f"loading CPU kernels failed: {error}", RuntimeWarning, stacklevel=1)
             finally:
                 _loading.finished.add(key)

@@ -24,7 +24,8 @@ class PagedMetadata:
                                  0                     seq_len - query_len          seq_len
 
     A new token at absolute position p sees keys 0..p. All keys, the new ones too, are read from the cache or, where a
-    backend prefers it for sequences with no cached part, from the fresh keys of this step: the two are the same numbers.
+    backend prefers it for sequences with no cached part, from the fresh keys of this step: the two are the
+    same numbers.
     """
 
     slot_mapping: Tensor  # [T] int64: slot = block * block_size + offset of each new token; -1 stores nothing
@@ -32,7 +33,9 @@ class PagedMetadata:
     seq_lens: Tensor  # [S] int32: tokens of each sequence including those of this step
     query_start_loc: Tensor  # [S + 1] int32: prefix sum of the numbers of new tokens
     num_decodes: int  # leading sequences with exactly one new token
-    query_lens_list: list[int]  # [S] host copy, for backends that loop on the host; never baked into a CUDA graph
+    query_lens_list: list[
+        int
+    ]  # [S] host copy, for backends that loop on the host; never baked into a CUDA graph
     seq_lens_list: list[int]  # [S] host copy
     #: Scratch a backend computes once a step and reuses in every layer, keyed by the backend's own names.
     plan: dict[str, Any] = field(default_factory=dict)

@@ -9,7 +9,7 @@ parameter but its type and device. Codes, each with a text that names the culpri
     attention_implementation  a user-registered attention function, whose result cannot be known
     prepare_inputs_replaced   `prepare_inputs_for_generation` is not the library's
     forward_hooks             a foreign forward (pre-)hook: it would see packed tokens of several requests
-    adapter_names             PEFT's hooks for adapters per row, which expect one row a request (the engine knows better)
+    adapter_names             PEFT's hooks for adapters per row, which expect one row a request
     alora_offsets             PEFT's hooks for aLoRA, which count from the end of each row
     forward_replaced          the forward of a module instance was wrapped or replaced
     compiled_forward          a module runs through `torch.compile`

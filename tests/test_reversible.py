@@ -78,7 +78,9 @@ def test_enable_twice_is_one_enable_and_other_options_are_refused():
     assert hf_paged.disable(model) is model
 
 
-@pytest.mark.parametrize("bad", [{"block_size": 0}, {"nonsense": 1}, {"kv_cache_memory": "3 bananas"}, {"backend": "x"}])
+@pytest.mark.parametrize(
+    "bad", [{"block_size": 0}, {"nonsense": 1}, {"kv_cache_memory": "3 bananas"}, {"backend": "x"}]
+)
 def test_failing_enable_leaves_nothing(bad):
     model = make_model("llama")
     before = snapshot(model)
@@ -169,7 +171,9 @@ def test_copies_come_out_plain_and_working(family, way):
     twin = COPIES[way](model)
     assert not hf_paged.is_enabled(twin)
     assert "generate" not in vars(twin)
-    assert {n: sorted(vars(m)) for n, m in twin.named_modules()} == {n: sorted(vars(m)) for n, m in plain.named_modules()}
+    assert {n: sorted(vars(m)) for n, m in twin.named_modules()} == {
+        n: sorted(vars(m)) for n, m in plain.named_modules()
+    }
     assert torch.equal(run(twin), expected)
     with native_calls(model):
         run(model)
@@ -277,8 +281,12 @@ def test_weight_only_quantised_linears_are_native():
     class Int8Linear(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__()
-            self.scale = nn.Parameter(linear.weight.detach().abs().amax(1, keepdim=True) / 127, requires_grad=False)
-            self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+            self.scale = nn.Parameter(
+                linear.weight.detach().abs().amax(1, keepdim=True) / 127, requires_grad=False
+            )
+            self.weight = nn.Parameter(
+                (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x @ (self.weight * self.scale).t()
@@ -302,7 +310,11 @@ def test_trainer_evaluating_with_generate(tmp_path):
 
     def predict(model):
         arguments = Seq2SeqTrainingArguments(
-            str(tmp_path), per_device_eval_batch_size=2, predict_with_generate=True, report_to=[], use_cpu=True
+            str(tmp_path),
+            per_device_eval_batch_size=2,
+            predict_with_generate=True,
+            report_to=[],
+            use_cpu=True,
         )
         trainer = Seq2SeqTrainer(model, arguments)
         return trainer.predict(rows, max_new_tokens=5, do_sample=False).predictions

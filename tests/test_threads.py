@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import hf_paged
-from tests.helpers import FAMILIES, PAD, ROOT, assert_same_tokens, left_pad, make_model, native_calls, random_prompts
+from tests.helpers import (
+    FAMILIES,
+    PAD,
+    ROOT,
+    assert_same_tokens,
+    left_pad,
+    make_model,
+    native_calls,
+    random_prompts,
+)
 
 KWARGS = {"max_new_tokens": 12, "do_sample": False}
 
@@ -48,7 +57,8 @@ def test_many_threads_share_one_model(family):
     hf_paged.enable(model)
     with native_calls(model, 32), ThreadPoolExecutor(8) as pool:
         for _ in range(4):
-            for want, got in zip(expected, pool.map(lambda i: model.generate(**inputs(i), **KWARGS), range(8)), strict=True):
+            results = pool.map(lambda i: model.generate(**inputs(i), **KWARGS), range(8))
+            for want, got in zip(expected, results, strict=True):
                 assert_same_tokens(got, want)
     hf_paged.disable(model)
     assert not [t for t in threading.enumerate() if t.name.startswith("hf_paged")]
@@ -70,7 +80,8 @@ def test_submitted_requests_make_progress_unwaited():
 
 def test_cancelled_request_gives_its_blocks_back():
     model = hf_paged.enable(make_model("llama"))
-    handle = hf_paged.engine(model).submit(random_prompts([10])[0], max_new_tokens=100, do_sample=False, eos_token_id=None)
+    options = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None}
+    handle = hf_paged.engine(model).submit(random_prompts([10])[0], **options)
     handle.cancel()
     with pytest.raises(hf_paged.RequestCancelledError):
         handle.result(timeout=30)
@@ -82,7 +93,8 @@ def test_cancelled_request_gives_its_blocks_back():
 def test_disable_while_requests_run_fails_them():
     model = hf_paged.enable(make_model("gpt2"))
     handles = [
-        hf_paged.engine(model).submit([4 + i], max_new_tokens=120, do_sample=False, eos_token_id=None) for i in range(4)
+        hf_paged.engine(model).submit([4 + i], max_new_tokens=120, do_sample=False, eos_token_id=None)
+        for i in range(4)
     ]
     hf_paged.disable(model)
     for handle in handles:
@@ -177,7 +189,12 @@ def run_script(text: str, **environment: str | None) -> str:
         if value is None:
             env.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True, timeout=120, env=env, cwd=ROOT
+        [sys.executable, "-c", textwrap.dedent(text)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -1,4 +1,5 @@
-"""The engine: requests, blocks, steps. `hf_paged.engine(model)` is the public way in, so this package is callable too."""
+"""The engine: requests, blocks, steps. `hf_paged.engine(model)` is the public way in, so this package is
+callable too."""
 
 from __future__ import annotations
 

@@ -95,6 +95,8 @@ def is_adapter_layer(module: nn.Module) -> bool:
 def containers(layer: nn.Module) -> Iterator[nn.Module]:
     """The children of an adapter layer in which it keeps its adapters' parts by name."""
     for child in layer._modules.values():
+        if child is None:
+            continue
         if isinstance(child, nn.ModuleDict | nn.ParameterDict) or type(child).__name__ == "BufferDict":
             yield child
 
@@ -103,7 +105,7 @@ def entries(container: nn.Module) -> dict[str, Any]:
     """Adapter name -> its part in `container`."""
     for kind in (container._modules, container._parameters, container._buffers):
         if kind:
-            return kind  # type: ignore[return-value]
+            return kind
     return {}
 
 

@@ -1,4 +1,5 @@
-"""The thread-local state a forward depends on, captured from the caller and entered by whichever thread runs the step."""
+"""The thread-local state a forward depends on, captured from the caller and entered by whichever thread runs
+the step."""
 
 from __future__ import annotations
 

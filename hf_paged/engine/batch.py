@@ -37,7 +37,9 @@ def build(
 
     ids = np.empty(starts[-1], np.int64)
     ids[:num_decodes] = [s.token_ids[s.num_computed] for s in sequences[:num_decodes]]
-    for seq, count, at in zip(sequences[num_decodes:], counts[num_decodes:], starts[num_decodes:], strict=False):
+    for seq, count, at in zip(
+        sequences[num_decodes:], counts[num_decodes:], starts[num_decodes:], strict=False
+    ):
         ids[at : at + count] = seq.token_ids[seq.num_computed : seq.num_computed + count]
     # Position of a token = its sequence's computed tokens + its place among the new ones.
     rows = np.repeat(np.arange(len(sequences)), query_lens)
@@ -98,5 +100,7 @@ def _pad_tables(tables: list[list[int]]) -> np.ndarray:
     """[S, longest] int32, zeros after each table's end."""
     lens = np.fromiter(map(len, tables), np.int64, len(tables))
     padded = np.zeros((len(tables), int(lens.max())), np.int32)
-    padded[np.arange(padded.shape[1]) < lens[:, None]] = np.fromiter(chain.from_iterable(tables), np.int32, int(lens.sum()))
+    padded[np.arange(padded.shape[1]) < lens[:, None]] = np.fromiter(
+        chain.from_iterable(tables), np.int32, int(lens.sum())
+    )
     return padded

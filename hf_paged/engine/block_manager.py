@@ -2,11 +2,15 @@
 
 Pure bookkeeping over block numbers: no tensors, no model. The invariant, checked by `check_integrity`:
 
-    free + cached + used = total            free: never written or dropped; cached: full, no owner, found by key, evictable;
-                                            used: referenced by at least one sequence
+    free + cached + used = total
+
+    free    never written, or dropped
+    cached  full, without an owner, found by its key, evictable
+    used    referenced by at least one sequence
 
 Keys of full blocks are sha256 over (key of the block before, its tokens); the first block's parent is the call's
-namespace (adapter, weights version, salt). A key that two sequences need at once is computed by one and waited for by the other.
+namespace (adapter, weights version, salt). A key that two sequences need at once is computed by one and waited
+for by the other.
 """
 
 from __future__ import annotations
@@ -50,7 +54,9 @@ class BlockManager:
         self._ref: list[int] = []
         self._key: list[bytes | None] = []
         self._free: list[int] = []  # heap: low numbers first keep the touched part of the pool compact
-        self._cached: OrderedDict[int, None] = OrderedDict()  # unowned keyed blocks, least recently used first
+        self._cached: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # unowned keyed blocks, least recently used first
         self._by_key: dict[bytes, int] = {}
         self._computing: dict[bytes, Sequence] = {}
         self.peak_used = 0
@@ -271,7 +277,9 @@ class BlockManager:
                 expected[block] += 1
         problems = []
         if expected != self._ref:
-            wrong = [(b, self._ref[b], expected[b]) for b in range(self.num_blocks) if expected[b] != self._ref[b]]
+            wrong = [
+                (b, self._ref[b], expected[b]) for b in range(self.num_blocks) if expected[b] != self._ref[b]
+            ]
             problems.append(f"reference counts differ (block, count, owners): {wrong[:8]}")
         free = set(self._free)
         if len(free) != len(self._free):
@@ -282,7 +290,9 @@ class BlockManager:
             problems.append("an unowned block has references")
         used = sum(1 for r in self._ref if r)
         if len(free) + len(self._cached) + used != self.num_blocks:
-            problems.append(f"free {len(free)} + cached {len(self._cached)} + used {used} != total {self.num_blocks}")
+            problems.append(
+                f"free {len(free)} + cached {len(self._cached)} + used {used} != total {self.num_blocks}"
+            )
         if any(self._key[block] != key for key, block in self._by_key.items()):
             problems.append("a key leads to a block of another key")
         if sum(k is not None for k in self._key) != len(self._by_key):

@@ -1,8 +1,9 @@
 """Who runs the steps of an engine.
 
-One thread at a time holds the crank. A lone caller holds it itself: no thread is made. When a second caller or a submitted
-request appears, the holder gives it up at the next step boundary to an engine thread, which ends when nothing is left.
-Only the holder touches scheduler, block manager and pool; everybody else leaves messages that the holder reads between steps.
+One thread at a time holds the crank. A lone caller holds it itself: no thread is made. When a second caller or a
+submitted request appears, the holder gives it up at the next step boundary to an engine thread, which ends when
+nothing is left. Only the holder touches scheduler, block manager and pool; everybody else leaves messages that the
+holder reads between steps.
 """
 
 from __future__ import annotations

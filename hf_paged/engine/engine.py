@@ -1,8 +1,8 @@
 """`PagedEngine`: what callers ask of the engine of one model, from any thread.
 
-Who turns the crank (`hf_paged.engine.crank`): the caller's own thread while it is alone, an engine thread as soon as there
-is a second caller or a submitted request. Whoever holds the crank is the only one that touches the step loop, its scheduler
-and its pool (`hf_paged.engine.loop`).
+Who turns the crank (`hf_paged.engine.crank`): the caller's own thread while it is alone, an engine thread as
+soon as there is a second caller or a submitted request. Whoever holds the crank is the only one that touches
+the step loop, its scheduler and its pool (`hf_paged.engine.loop`).
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ class PagedEngine:
             total = seq.prompt_len + seq.max_new_tokens
             if total > capacity:
                 raise InvalidRequestError(
-                    f"a request of {seq.prompt_len} prompt tokens and max_new_tokens={seq.max_new_tokens} needs {total} "
-                    f"tokens of KV cache; kv_cache_memory allows {capacity}"
+                    f"a request of {seq.prompt_len} prompt tokens and max_new_tokens={seq.max_new_tokens} needs "
+                    f"{total} tokens of KV cache; kv_cache_memory allows {capacity}"
                 )
 
     # --- kept KV ----------------------------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ class PagedEngine:
         return result
 
     def release_kv(self, call: Call) -> None:
-        """Gives back the blocks of a finished call made with `keep_kv`. May be called from any thread, more than once."""
+        """Gives back the blocks of a finished call made with `keep_kv`. May be called from any thread, more
+        than once."""
         self._crank.call_soon(lambda: self._loop.release_kept(call))
 
     # --- memory -----------------------------------------------------------------------------------------------------

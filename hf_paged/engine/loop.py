@@ -65,7 +65,9 @@ class StepLoop:
                 return runtime
             if runtime is not None:
                 if self.calls or self.kept:
-                    raise EngineStateError("the model's dtype, device or layers changed while requests were running")
+                    raise EngineStateError(
+                        "the model's dtype, device or layers changed while requests were running"
+                    )
                 runtime.close()
             self.runtime = Runtime(geometry, self.config)
             return self.runtime
@@ -116,9 +118,14 @@ class StepLoop:
 
     def _fail_lost(self, plan: StepPlan) -> bool:
         """Fails the calls whose adapters were taken away under them. Asked after a step: it may happen during one."""
-        lost = {s.call: s.adapters for s in plan.sequences if s.adapters is not None and not s.adapters.is_present}
+        lost = {
+            s.call: s.adapters for s in plan.sequences if s.adapters is not None and not s.adapters.is_present
+        }
         for call, selection in lost.items():
-            self.fail([call], WeightsChangedError(f"adapter {selection} was removed or replaced while a request ran"))
+            self.fail(
+                [call],
+                WeightsChangedError(f"adapter {selection} was removed or replaced while a request ran"),
+            )
         return bool(lost)
 
     def _forward(self, runtime: Runtime, plan: StepPlan) -> Tensor:
@@ -266,7 +273,8 @@ class StepLoop:
                 ),
             )
 
-    # --- when nothing runs ----------------------------------------------------------------------------------------------
+    # --- when nothing runs
+    # ----------------------------------------------------------------------------------------------
 
     def release_kept(self, call: Call) -> None:
         for seq in call.sequences:

@@ -42,8 +42,8 @@ class Status(enum.Enum):
 class Sequence:
     """One stream: a prompt and what was generated for it.
 
-    `num_pad` is the number of left pads `generate()` would show before the prompt: they are never computed, but count in
-    the lengths and histories that logits processors and stopping criteria see.
+    `num_pad` is the number of left pads `generate()` would show before the prompt: they are never computed, but
+    count in the lengths and histories that logits processors and stopping criteria see.
     """
 
     call: Call
@@ -107,7 +107,8 @@ class Call:
     ambient: Any = None  # hashable; sequences of different ambient state never share a step
     namespace: bytes | None = b""
     priority: int = 0  # lower runs first
-    #: Finished rows go on with pad tokens until all rows are finished, as upstream does, for scores and returned caches.
+    #: Finished rows go on with pad tokens until all rows are finished, as upstream does, for scores and
+    #: returned caches.
     run_on: bool = False
     keep_kv: bool = False  # blocks stay with the finished sequences until `PagedEngine.release_kv`
     sequences: list[Sequence] = field(default_factory=list)
@@ -124,11 +125,19 @@ class Call:
     finished_at: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
-    def add_row(self, prompt: list[int], max_new_tokens: int, *, num_pad: int = 0, fork_of: int | None = None) -> Sequence:
+    def add_row(
+        self, prompt: list[int], max_new_tokens: int, *, num_pad: int = 0, fork_of: int | None = None
+    ) -> Sequence:
         """Appends a sequence for `prompt` (unpadded token ids)."""
         parent = None if fork_of is None else self.sequences[fork_of]
         sequence = Sequence(
-            self, len(self.sequences), list(prompt), len(prompt), max_new_tokens, num_pad=num_pad, fork_of=parent
+            self,
+            len(self.sequences),
+            list(prompt),
+            len(prompt),
+            max_new_tokens,
+            num_pad=num_pad,
+            fork_of=parent,
         )
         self.sequences.append(sequence)
         return sequence

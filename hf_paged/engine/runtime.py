@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from hf_paged.config import PagedConfig
 from hf_paged.engine.block_manager import BlockManager
@@ -16,8 +18,8 @@ from hf_paged.engine.scheduler import Scheduler
 from hf_paged.errors import ConfigError
 from hf_paged.kernels.ops import resolve_backend
 
-#: Tokens a step may have when the config leaves it open: enough rows to keep the matrix products busy, few enough that a
-#: long prompt does not hold up running sequences for long.
+#: Tokens a step may have when the config leaves it open: enough rows to keep the matrix products busy, few
+#: enough that a long prompt does not hold up running sequences for long.
 _DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 #: The pool may hold this much beyond twice its peak use before cached prefixes are evicted.
 _SLACK_BYTES = 48 * 2**20
@@ -52,7 +54,8 @@ class Runtime:
         self.scheduler = Scheduler(
             self.manager,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS.get(self.device.type, 2048),
+            max_num_batched_tokens=config.max_num_batched_tokens
+            or _DEFAULT_BATCHED_TOKENS.get(self.device.type, 2048),
         )
         self.sampler = Sampler(_argmax_for(self.device, self.backend))
         self.runner = ModelRunner(self.device)
@@ -87,7 +90,8 @@ class Runtime:
 
 
 class _CpuKernels:
-    """When numba's kernels are loaded: not in the first moments of a process's first call, which a short call would wait for.
+    """When numba's kernels are loaded: not in the first moments of a process's first call, which a short call
+    would wait for.
 
     Importing numba holds the interpreter's lock for half a second; until it is done steps run on torch's SDPA.
     """
@@ -122,7 +126,7 @@ class _CpuKernels:
         self._runtime.wait_for_loading()
 
 
-def _argmax_for(device: torch.device, backend: str):  # noqa: ANN202 - a callable [R, V] -> [R]
+def _argmax_for(device: torch.device, backend: str) -> Callable[[Tensor], Tensor]:
     if device.type == "cpu" and backend == "cpu":
         from hf_paged.kernels.cpu_argmax import argmax_rows
 

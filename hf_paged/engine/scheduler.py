@@ -1,8 +1,9 @@
 """Which sequences advance in the next step, and by how many tokens.
 
-There are no phases. Sequences that need one token (decode) go first, then chunks of longer remainders, then new admissions, all
-within `max_num_batched_tokens`. When blocks run out, the youngest running sequence is preempted: its blocks go back and
-its tokens are computed again later, which the prefix cache often shortens. The oldest sequence always advances.
+There are no phases. Sequences that need one token (decode) go first, then chunks of longer remainders, then new
+admissions, all within `max_num_batched_tokens`. When blocks run out, the youngest running sequence is
+preempted: its blocks go back and its tokens are computed again later, which the prefix cache often shortens.
+The oldest sequence always advances.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class Scheduler:
 
     def fork_children(self, parent: Sequence) -> list[Sequence]:
         """Starts the sequences that share `parent`'s prompt, whose KV is complete now; no token was sampled yet."""
-        children = []
+        children: list[Sequence] = []
         for child in parent.call.sequences:
             if child.fork_of is not parent or child.status is not Status.WAITING or child.num_generated:
                 continue
@@ -202,5 +203,7 @@ def _make_plan(chosen: dict[Sequence, int], copies: dict[Sequence, list[tuple[in
         num_scheduled_tokens=counts,
         num_decodes=sum(1 for c in counts if c == 1),
         block_copies=[pair for s in ordered for pair in copies[s]],
-        sample_indices=[i for i, (s, c) in enumerate(zip(ordered, counts, strict=True)) if s.num_uncomputed == c],
+        sample_indices=[
+            i for i, (s, c) in enumerate(zip(ordered, counts, strict=True)) if s.num_uncomputed == c
+        ],
     )

@@ -15,7 +15,9 @@ class EngineStats:
     """What an enabled model has done since `enable` or `reset_stats`, and how its KV cache stands now."""
 
     native_calls: int = 0  # calls served by the engine
-    fallback_calls: dict[str, int] = field(default_factory=dict)  # reason -> calls given to the original generate
+    fallback_calls: dict[str, int] = field(
+        default_factory=dict
+    )  # reason -> calls given to the original generate
     requests: int = 0  # sequences taken up
     prompt_tokens: int = 0
     generated_tokens: int = 0

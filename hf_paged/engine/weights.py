@@ -1,8 +1,9 @@
 """Noticing that weights changed, so that KV computed with old ones is never used with new ones.
 
-`_version` alone misses fused optimizers, `.data` edits and adapter merges, so the version also covers storage addresses, a
-counter raised after every optimizer step of the process, a sample of values of each tensor, and what is merged.
-Adapters have versions of their own: loading or changing one leaves prefixes of the others and of the base model.
+`_version` alone misses fused optimizers, `.data` edits and adapter merges, so the version also covers storage
+addresses, a counter raised after every optimizer step of the process, a sample of values of each tensor, and
+what is merged. Adapters have versions of their own: loading or changing one leaves prefixes of the others and
+of the base model.
 """
 
 from __future__ import annotations

@@ -71,7 +71,13 @@ class EngineClient:
         if prepared.config.do_sample:
             draws = SeededDraws(fresh_seed() if seed is None else seed)
         call = build_call(
-            self._engine, prepared, [selection], draws=draws, logprobs=logprobs, priority=priority, outputs=False
+            self._engine,
+            prepared,
+            [selection],
+            draws=draws,
+            logprobs=logprobs,
+            priority=priority,
+            outputs=False,
         )
         self._engine.count_native()
         call.submitted_at = time.perf_counter()

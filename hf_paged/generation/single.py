@@ -204,7 +204,11 @@ def _content(config: GenerationConfig | None) -> Hashable:
     """The options of a config but for `max_new_tokens`: equal for configs of equal content."""
     if config is None:
         return None
-    return tuple((name, repr(value)) for name, value in vars(config).items() if value is not None and name != "max_new_tokens")
+    return tuple(
+        (name, repr(value))
+        for name, value in vars(config).items()
+        if value is not None and name != "max_new_tokens"
+    )
 
 
 def _of_length(prepared: Prepared, input_ids: Tensor, max_new_tokens: int) -> Prepared:

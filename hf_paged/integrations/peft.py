@@ -206,7 +206,7 @@ class PeftAdapters:
                     name: state[name] for name in ("_active_adapter", "_disable_adapters") if name in state
                 }
                 before.append((state, kept))
-                state.update(active_state(layer, selection))
+                state.update(active_state(layer, selection))  # type: ignore[arg-type]  # none without layers
             yield
         finally:
             for state, kept in before:

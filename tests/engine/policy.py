@@ -1,4 +1,5 @@
-"""A model of the device for tests of the policy half: slots remember which token of which position was stored in them."""
+"""A model of the device for tests of the policy half: slots remember which token of which position was stored
+in them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,11 @@ def make_manager(num_blocks: int = 8, block_size: int = 4, **options) -> BlockMa
 
 
 def make_scheduler(
-    num_blocks: int = 8, block_size: int = 4, max_num_seqs: int = 8, max_num_batched_tokens: int = 64, **options
+    num_blocks: int = 8,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    **options,
 ) -> Scheduler:
     manager = make_manager(num_blocks, block_size, **options)
     return Scheduler(manager, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)

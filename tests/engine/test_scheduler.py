@@ -108,7 +108,9 @@ def test_any_traffic_gives_each_sequence_its_own_tokens(
         if event == "add":
             prompt = data.draw(prompts)
             new = data.draw(st.integers(1, 8))
-            call = make_call(prompt, max_new_tokens=new, namespace=data.draw(st.sampled_from([b"a", b"b", None])))
+            call = make_call(
+                prompt, max_new_tokens=new, namespace=data.draw(st.sampled_from([b"a", b"b", None]))
+            )
             for _ in range(data.draw(st.integers(0, 2))):
                 call.add_row(prompt, new, fork_of=0)
             calls.append(call)
@@ -124,7 +126,9 @@ def test_any_traffic_gives_each_sequence_its_own_tokens(
     for call in calls:
         for seq in call.sequences:
             if call not in cancelled:
-                assert seq.generated_ids == expected_tokens(seq.token_ids[: seq.prompt_len], seq.max_new_tokens)
+                assert seq.generated_ids == expected_tokens(
+                    seq.token_ids[: seq.prompt_len], seq.max_new_tokens
+                )
     assert scheduler.manager.num_used == 0
 
 

@@ -206,3 +206,26 @@ def test_broken_checkpoints_leave_the_model_alone(tmp_path: Path, broken: str) -
     assert sorted(model.peft_config) == ["a", "b"]
     assert model.active_adapters == ["a"]
     still_works(model)
+
+
+@pytest.mark.parametrize("names", ["a", 7, {"a": 1}])
+def test_adapter_names_that_are_no_list(names: Any) -> None:
+    model = hf_paged.enable(two())
+    with pytest.raises(hf_paged.InvalidRequestError, match="must be a list"):
+        model.get_base_model().generate(**left_pad(PROMPTS), **GREEDY, adapter_names=names)
+    still_works(model)
+
+
+def test_requests_that_need_the_original_run_it_with_their_adapter() -> None:
+    """Contrastive processors and the like fall back; the adapter is entered for them and put back after."""
+    model = two()
+    options: dict[str, Any] = GREEDY | {"prefix_allowed_tokens_fn": lambda batch, ids: list(range(40, 90))}
+    names = ["a", "b", "__base__", "b"]
+    expected = [alone(model, p, n, **options) for p, n in zip(PROMPTS, names, strict=True)]
+    model.set_adapter("a")
+    hf_paged.enable(model, fallback="silent")
+    results = hf_paged.generate_many(model, PROMPTS, adapters=names, **options)
+    assert [r.token_ids for r in results] == expected
+    assert hf_paged.stats(model).fallback_calls
+    assert model.active_adapters == ["a"]
+    still_works(model)

@@ -1,6 +1,7 @@
 """What "equal" means (design, section 4): the same tokens, or at the first difference a tie in upstream's own numbers.
 
-A tie is a gap below 1e-4 between upstream's best two scores, or for a draw between the best two p/q, at that step. Ties are counted:
+A tie is a gap below 1e-4 between upstream's best two scores, or for a draw between the best two p/q, at that
+step. Ties are counted:
 more than one in 20,000 tokens fails the session.
 """
 
@@ -34,8 +35,11 @@ def seeded_generate(model: Any, seed: int | None, **kwargs: Any) -> Any:
     return model.generate(**kwargs)
 
 
-def assert_equal_output(plain: Any, kwargs: dict[str, Any], seed: int | None, expected: Any, actual: Any) -> None:
-    """Compares sequences row by row; `plain` is a model that is not enabled, to look at upstream's scores at a difference.
+def assert_equal_output(
+    plain: Any, kwargs: dict[str, Any], seed: int | None, expected: Any, actual: Any
+) -> None:
+    """Compares sequences row by row; `plain` is a model that is not enabled, to look at upstream's scores at a
+    difference.
 
     Args:
         kwargs: the arguments of the call.

@@ -115,7 +115,9 @@ class Case:
 
     def __str__(self) -> str:
         named = ",".join(f"{k}={v}" for k, v in self.options if k not in ("pad_token_id",))
-        return f"{self.family}.{self.variant}-{'+'.join(map(str, self.lengths))}-{named}-{self.pool}-{self.seed}"
+        return (
+            f"{self.family}.{self.variant}-{'+'.join(map(str, self.lengths))}-{named}-{self.pool}-{self.seed}"
+        )
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -130,7 +132,11 @@ def draw_case(source: random.Random) -> Case:
     new_tokens = source.choice([1, 2, 5, 12, 20])
     longest = source.choice([1, 3, 15, 16, 17, 33, 60, MAX_POSITIONS - new_tokens])
     lengths = tuple(source.randint(1, longest) for _ in range(rows - 1)) + (longest,)
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "pad_token_id": PAD, "do_sample": source.random() < 0.5}
+    options: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "pad_token_id": PAD,
+        "do_sample": source.random() < 0.5,
+    }
     names = source.sample(list(PROCESSORS), source.choice([0, 0, 1, 1, 2, 3]))
     for name in names:
         options |= PROCESSORS[name]
@@ -143,7 +149,9 @@ def draw_case(source: random.Random) -> Case:
         options["eos_token_id"] = None
     pool = source.choice(["default", "default", "tight"])
     seed = source.randrange(2**31)
-    return Case(family, variant, lengths, tuple(sorted(options.items(), key=lambda item: item[0])), pool, seed)
+    return Case(
+        family, variant, lengths, tuple(sorted(options.items(), key=lambda item: item[0])), pool, seed
+    )
 
 
 def cases(seed: int, count: int) -> list[Case]:
@@ -162,14 +170,23 @@ def every_option_alone() -> list[Case]:
                 merged = shared | options | {"do_sample": sample}
                 found.append(_case(family, variant, merged, 100 * number + len(name)))
         for name, options in WARPERS.items():
-            found.append(_case(family, variant, shared | options | {"do_sample": True}, 7 * number + len(name)))
+            found.append(
+                _case(family, variant, shared | options | {"do_sample": True}, 7 * number + len(name))
+            )
     return found
 
 
 def every_variant() -> list[Case]:
     """Each variant of each family, greedy over ragged prompts, in a pool that preempts and in one that does not."""
     return [
-        Case(family, variant, (1, 17, 40, 9), (("do_sample", False), ("max_new_tokens", 12), ("pad_token_id", PAD)), pool, 5)
+        Case(
+            family,
+            variant,
+            (1, 17, 40, 9),
+            (("do_sample", False), ("max_new_tokens", 12), ("pad_token_id", PAD)),
+            pool,
+            5,
+        )
         for family, variants in VARIANTS.items()
         for variant in variants
         for pool in ("default", "tight")

@@ -42,7 +42,9 @@ def check(case: Case) -> None:
         actual = seeded_generate(enabled, case.seed, **kwargs)
         assert_equal_output(plain, kwargs, case.seed, expected, actual)
         if torch.equal(expected, actual):
-            assert torch.equal(torch.get_rng_state(), state), "the global generator stands elsewhere than after upstream"
+            assert torch.equal(torch.get_rng_state(), state), (
+                "the global generator stands elsewhere than after upstream"
+            )
 
 
 def check_all(several: list[Case]) -> None:

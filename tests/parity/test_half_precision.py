@@ -31,7 +31,8 @@ class TeacherForcing:
 
 
 def engine_logits(model, texts, prompt_len):
-    """Logits [rows, positions, V] after prompt_len..n-1 tokens: the first from a prompt, the others from decode steps."""
+    """Logits [rows, positions, V] after prompt_len..n-1 tokens: the first from a prompt, the others from
+    decode steps."""
     with hf_paged.enabled(model, block_size=4, max_num_batched_tokens=24, max_num_seqs=16):
         engine = registry.get(model)
         teacher = engine._loop.ready().sampler = TeacherForcing(texts, prompt_len)
@@ -40,7 +41,9 @@ def engine_logits(model, texts, prompt_len):
             call.add_row(text[:prompt_len], len(text) - prompt_len)
         engine.run(call)
     positions = range(prompt_len - 1, len(texts[0]) - 1)
-    return torch.stack([torch.stack([teacher.logits[row, p] for p in positions]) for row in range(len(texts))])
+    return torch.stack(
+        [torch.stack([teacher.logits[row, p] for p in positions]) for row in range(len(texts))]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -78,5 +81,7 @@ def test_demo_models_write_the_same_text_in_bf16(family):
             if actual[row, width + step] == expected.sequences[row, width + step]:
                 continue
             best = expected.logits[step][row].float().topk(2).values
-            assert best[0] - best[1] <= 4 * torch.finfo(torch.bfloat16).eps * best[0].abs(), f"row {row}, step {step}"
+            assert best[0] - best[1] <= 4 * torch.finfo(torch.bfloat16).eps * best[0].abs(), (
+                f"row {row}, step {step}"
+            )
             break
