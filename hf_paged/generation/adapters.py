@@ -66,7 +66,7 @@ def select_rows(engine: PagedEngine, prepared: Prepared) -> list[Selection | Non
     if names is None:
         return [engine.adapters.current()] * rows
     copies = prepared.config.num_return_sequences or 1
-    if not isinstance(names, list) or len(names) * copies != rows:
+    if not isinstance(names, list | tuple) or len(names) * copies != rows:
         raise InvalidRequestError(
             f"adapter_names={names!r}: must be a list with one name for each of the {rows // copies} prompts"
         )

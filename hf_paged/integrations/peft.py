@@ -229,7 +229,7 @@ class PeftAdapters:
             return None
         found: dict[int, list[Any]] = {}
         for layer in self._present():
-            for hook in layer._forward_pre_hooks.values():
+            for hook in tuple(layer._forward_pre_hooks.values()):  # other threads add and remove theirs
                 names = hook.keywords.get("adapter_names") if isinstance(hook, functools.partial) else None
                 if names is not None:
                     found[id(names)] = names
