@@ -42,6 +42,8 @@ __all__ = ["find_reasons"]
 
 _DEVICES = ("cpu", "cuda")
 _ATTENTION = ("eager", "sdpa", "flex_attention")
+#: (module, function) of wrappers of a model's forward, with what they wrapped as `original_forward`.
+_PASS_THROUGH = frozenset({("trl.trainer.utils", "_fused_forward")})
 #: Modules whose hooks do not depend on how tokens are arranged: they record outputs only when asked to, mark
 #: gradients, or recompute a weight from its parametrisation.
 _HARMLESS_HOOKS = (
@@ -180,12 +182,24 @@ def _check_forward(walk: _Walk, module: nn.Module, state: dict[str, Any], ours: 
             walk.add("forward_replaced", text)
             return
         top = before
+    top = _below_pass_through(top)
     if top is None or _is_own_method(module, top):
         return
     if hasattr(top, "_torchdynamo_orig_callable"):
         walk.add("compiled_forward", f"{type(module).__name__}.forward runs through torch.compile")
     elif not _is_mixed_precision(module, state):
         walk.add("forward_replaced", f"{type(module).__name__}.forward was replaced by {_name_of(top)}")
+
+
+def _below_pass_through(forward: Any) -> Any:
+    """What a known wrapper calls unless a keyword of its own is given, as it never is in a step; else `forward`."""
+    function = getattr(forward, "__func__", None)
+    code = getattr(function, "__code__", None)
+    # By code and globals: the wrapper bears the name and module of what it wraps.
+    if code is None or (function.__globals__.get("__name__"), code.co_name) not in _PASS_THROUGH:
+        return forward
+    names = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    return names["original_forward"].cell_contents if "original_forward" in names else forward
 
 
 def _is_own_method(module: nn.Module, forward: Any) -> bool:

@@ -58,13 +58,7 @@ ALONE = {"grpo.py": [], "multi_lora.py": ["--steps", "2"]}
     "name",
     [
         "multi_lora.py",
-        pytest.param(
-            "grpo.py",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="TRL's wrapper of the model's forward is not known to be a pass-through: forward_replaced",
-            ),
-        ),
+        "grpo.py",
     ],
 )
 def test_example_alone(name: str) -> None:

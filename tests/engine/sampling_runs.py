@@ -81,7 +81,7 @@ def record(model: Any, inputs: dict[str, Tensor], seed: int = 0, **kwargs: Any) 
             **inputs, **kwargs, return_dict_in_generate=True, output_scores=True, output_logits=True
         )
     finally:
-        type(model)._sample = original
+        del type(model)._sample  # it was inherited
     return Recording(
         **given,
         rng_after=torch.get_rng_state(),
