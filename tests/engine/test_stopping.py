@@ -75,7 +75,9 @@ def test_time_ends_all_rows_of_its_call_only() -> None:
 
 def test_passing_the_positions_warns_as_upstream_does(caplog: pytest.LogCaptureFixture) -> None:
     upstream.logger.warning_once.cache_clear()
-    caplog.set_level(logging.WARNING, logger="transformers")  # the command line, tested before, makes it quiet
+    caplog.set_level(
+        logging.WARNING, logger="transformers"
+    )  # the command line, tested before, makes it quiet
     logging.getLogger("transformers").propagate = True
     try:
         call = make_call([[5, 6]], [MaxLengthCriteria(20, max_position_embeddings=4)])
