@@ -193,7 +193,7 @@ def _check_forward(walk: _Walk, module: nn.Module, state: dict[str, Any], ours: 
 
 def _below_pass_through(forward: Any) -> Any:
     """What a known wrapper calls unless a keyword of its own is given, as it never is in a step; else `forward`."""
-    function = getattr(forward, "__func__", None)
+    function: Any = getattr(forward, "__func__", None)
     code = getattr(function, "__code__", None)
     # By code and globals: the wrapper bears the name and module of what it wraps.
     if code is None or (function.__globals__.get("__name__"), code.co_name) not in _PASS_THROUGH:
