@@ -4,7 +4,8 @@
 PYTHON ?= python3
 DEMO_MODEL ?= examples/models/llama
 # Real text, and few enough padded batches that it takes a minute or two.
-DEMO_OPTIONS ?= --prompts examples/prompts/mixed.jsonl --padded-sizes 8,32 --loop-subset 16
+DEMO_OPTIONS ?= --prompts examples/prompts/mixed.jsonl --max-new-tokens 64 --padded-sizes 8,32 --padded-subset 32 \
+    --loop-subset 16 --pool-rows 32
 # More words for pytest, e.g. PYTEST_ARGS="--parity-seed=20260131 -x"
 PYTEST_ARGS ?=
 
