@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_paged.patches.attention import attend
+from hf_paged.patches.gpt_layout import check, find_attention_layers, position_limit
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
@@ -42,22 +43,8 @@ def structure(model: Any) -> list[tuple[nn.Module, str]]:
     return [(module, f"{_MODELING}.{name}") for module, name in parts]
 
 
-def find_attention_layers(model: Any) -> list[nn.Module]:
-    return [unwrapped(block.attn) for block in model.transformer.h]
-
-
 def attention_shape(module: Any) -> AttentionShape:
     return AttentionShape(module.num_heads, module.kv_heads, module.head_dim, module.c_attn)
-
-
-def check(model: Any) -> str | None:
-    if getattr(model.config, "add_cross_attention", False):
-        return "the model has cross-attention layers (add_cross_attention=True)"
-    return None
-
-
-def position_limit(model: Any) -> int:
-    return model.transformer.wpe.weight.shape[0]
 
 
 register(
