@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    suite: Annotated[str, typer.Option(help="quick (6 minutes, indicative) or full (45 minutes)")] = "quick",
+    suite: Annotated[str, typer.Option(help="quick (6 minutes, indicative) or full (20 minutes)")] = "quick",
     output: Annotated[
         Path | None, typer.Option("--json", "--output", "-o", help="Write results as JSON")
     ] = None,
