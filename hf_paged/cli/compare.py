@@ -115,7 +115,7 @@ def run(
         find_distribution(arguments["lengths"])
     from hf_paged.comparison import compare as run_comparison
     from hf_paged.comparison.models import load_model
-    from hf_paged.comparison.runner import Options
+    from hf_paged.comparison.options import Options
 
     Options(**{k: v for k, v in arguments.items() if k in Options.__dataclass_fields__})
     quiet_libraries()

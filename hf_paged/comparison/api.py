@@ -9,8 +9,10 @@ from typing import Any
 
 import hf_paged
 from hf_paged.comparison.arms import ArmContext, position_limit
+from hf_paged.comparison.options import Options
 from hf_paged.comparison.report import CompareReport
-from hf_paged.comparison.runner import OnProgress, Options, Runner
+from hf_paged.comparison.runner import OnProgress, Runner
+from hf_paged.comparison.scenarios import Scenario, find_scenario
 from hf_paged.comparison.workloads import Workload, fit, workload_from_lengths, workload_from_prompts
 from hf_paged.resolve import resolve_model
 
@@ -21,6 +23,8 @@ def compare(
     *,
     tokenizer: Any = None,
     lengths: str | None = None,
+    scenario: str | None = None,
+    scale: float | None = None,
     num_requests: int = 64,
     max_new_tokens: int = 128,
     ignore_eos: bool = False,
@@ -39,8 +43,11 @@ def compare(
         model: a causal language model, or a pipeline or wrapper that holds one.
         prompts: texts, lists or tensors of token ids, or a `Workload`; None draws them from `lengths`.
         tokenizer: for prompts that are text; a pipeline brings its own.
-        lengths: "design", "sharegpt", "alpaca" or "uniform": prompt and output lengths to draw. Without
-            `prompts` and `lengths` it is "design".
+        lengths: a name of `hf_paged.comparison.lengths.DISTRIBUTIONS`: prompt and output lengths to draw. Without
+            `prompts`, `lengths` and `scenario` it is "design".
+        scenario: a name of `hf_paged.comparison.scenarios.SCENARIOS`: lengths, what prompts have in common, and
+            arrivals. It brings defaults for options that are not given.
+        scale: factor on all lengths of a scenario; None is 1, or what its own rule makes fit the model.
         num_requests: how many to draw.
         max_new_tokens: limit of each of `prompts`.
         ignore_eos: run every request to its limit.
@@ -49,7 +56,8 @@ def compare(
         progress: True for a bar on the terminal, or a function of (label, done, total).
         on_update: called with the unfinished report after every run.
         **options: fields of `hf_paged.comparison.runner.Options`: arms, repeats, loop_subset, padded_subset,
-            padded_sizes, padded_orders, pool_rows, calibration_subset, seed.
+            padded_sizes, padded_orders, pool_rows, calibration_subset, limits, rates, rate_fractions,
+            rate_requests, seed.
 
     Returns:
         The report. `print(report)` shows it, `report.save(path)` writes JSON.
@@ -61,20 +69,21 @@ def compare(
     model = resolve_model(model)
     if hf_paged.is_enabled(model):
         raise ValueError("compare needs the plain model: call hf_paged.disable(model) first")
+    found = None if scenario is None else find_scenario(scenario)
     try:
-        chosen = Options(**options)
+        chosen = Options(**({} if found is None else found.options) | options)
     except TypeError as error:
         raise ValueError(str(error).replace("Options.__init__() ", "")) from None
-    workload = make_workload(
-        model,
-        prompts,
-        tokenizer,
-        lengths,
-        num_requests,
-        max_new_tokens,
-        ignore_eos=ignore_eos,
-        seed=chosen.seed,
-    )
+    if scale is not None and found is None:
+        raise ValueError(f"scale={scale}: it belongs to a scenario, and none is named")
+    if found is not None:
+        if prompts is not None or lengths is not None:
+            raise ValueError("give a scenario, prompts or lengths, not several of them")
+        workload = _draw(found, model, tokenizer, num_requests, chosen.seed, scale)
+    else:
+        workload = make_workload(
+            model, prompts, tokenizer, lengths, num_requests, max_new_tokens, seed=chosen.seed
+        )
     eos_ids = () if ignore_eos else eos_ids_of(model)
     pad_id = next((i for i in (model.generation_config.pad_token_id, *eos_ids) if i is not None), 0)
     context = ArmContext(model, workload.requests, eos_ids, pad_id, chosen.seed)
@@ -83,6 +92,7 @@ def compare(
         workload=workload.describe() | {"eos_ids": list(eos_ids)},
         options={**vars(chosen), "decoding": "greedy"},
         environment=environment(),
+        scenario=None if found is None else found.describe(),
     )
     with _progress_bar(progress) as on_progress, plain_defaults(model, eos_ids, pad_id):
         Runner(context, chosen, report, config, on_progress, on_update).run()
@@ -97,7 +107,6 @@ def make_workload(
     num_requests: int,
     max_new_tokens: int,
     *,
-    ignore_eos: bool,
     seed: int,
 ) -> Workload:
     """The workload `compare` is asked for, cut to the model's positions.
@@ -125,6 +134,20 @@ def make_workload(
         seed=seed,
         tokenizer=tokenizer,
         special_ids=eos_ids_of(model),
+    )
+
+
+def _draw(
+    scenario: Scenario, model: Any, tokenizer: Any, num_requests: int, seed: int, scale: float | None
+) -> Workload:
+    return scenario.draw(
+        num_requests,
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_positions=position_limit(model),
+        seed=seed,
+        tokenizer=tokenizer,
+        special_ids=eos_ids_of(model),
+        scale=scale,
     )
 
 

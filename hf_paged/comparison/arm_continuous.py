@@ -13,14 +13,17 @@ import copy
 import dataclasses
 import logging
 import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from hf_paged.comparison.arms import Arm, ArmContext, ArmRun, Progress, cut_at_limit, short_requests
 from hf_paged.comparison.sampling import Unit, sample_units
+from hf_paged.comparison.timeline import Timeline, kv_bytes_per_token, of_token_times
+from hf_paged.comparison.timing import RequestTiming
 from hf_paged.comparison.workloads import Request
 
 #: Requests of mean length a pool has room for; the best of these is used.
@@ -65,22 +68,46 @@ class ContinuousBatchingArm(Arm):
 
     def run(self, progress: Progress) -> ArmRun:
         started = time.perf_counter()
-        results, ended = self._serve(self.requests, progress)
-        seconds = ended - started
+        served = self._serve(self.requests, progress)
+        return self._measured(served, started, [0.0] * len(self.requests))
+
+    def serve(self, arrivals: Sequence[float], progress: Progress) -> ArmRun:
+        """The first requests, each handed over at its arrival (seconds), to a manager that is up and warm."""
+        requests = self.requests[: len(arrivals)]
+        served = self._serve(requests, progress, arrivals)
+        return self._measured(served, served.began, arrivals)
+
+    def _measured(self, served: _Served, started: float, arrivals: Sequence[float]) -> ArmRun:
+        seconds = served.ended - started
         eos = self.context.eos_ids
-        rows = [results[f"r{k}"] for k in range(len(self.requests))]
+        requests = self.requests[: len(arrivals)]
+        rows = [served.results[f"r{k}"] for k in range(len(requests))]
         kept = [
             cut_at_limit(row.generated_tokens, request.max_new_tokens, eos)
-            for row, request in zip(rows, self.requests, strict=True)
+            for row, request in zip(rows, requests, strict=True)
         ]
         tokens = sum(map(len, kept))
-        run = ArmRun(seconds, dict(zip(self.indices, kept, strict=True)), [seconds], [tokens], 1)
-        firsts = [row.timestamps[0] - started for row in rows if row.timestamps]
-        run.first_token_seconds = sum(firsts) / len(firsts) if firsts else None
+        run = ArmRun(seconds, dict(zip(self.indices, kept, strict=False)), [seconds], [tokens], 1)
+        times = [
+            [t - started for t in row.timestamps or ()][: len(k)] for row, k in zip(rows, kept, strict=True)
+        ]
+        run.timings = [
+            RequestTiming(index, arrival, t[0] if t else None, t[-1] if t else seconds, len(k), tuple(t))
+            for index, arrival, t, k in zip(self.indices, arrivals, times, kept, strict=False)
+        ]
+        run.timings_note = "tokens by the timestamps of transformers' manager"
+        if all(times):
+            run.first_token_seconds = sum(t[0] - a for t, a in zip(times, arrivals, strict=True)) / len(times)
+            prompts = [len(r.prompt) for r in requests]
+            moments = of_token_times(prompts, times, self.pool["page_size"], seconds)
+            run.timeline = Timeline(tuple(moments), kv_bytes_per_token(self.context.model))
+            run.mean_running, run.kv_waste = run.timeline.mean_running, run.timeline.waste
         return run
 
-    def _serve(self, requests: Sequence[Request], progress: Progress) -> tuple[dict[str, Any], float]:
-        """Results by id "r0", "r1", ..., and when the last one was there.
+    def _serve(
+        self, requests: Sequence[Request], progress: Progress, arrivals: Sequence[float] | None = None
+    ) -> _Served:
+        """Results by id "r0", "r1", ..., and when the clock began and the last one was there.
 
         Stopping the manager comes after that: it collects garbage twice, which is no part of generating.
 
@@ -89,7 +116,6 @@ class ContinuousBatchingArm(Arm):
         """
         context = self.context
         eos = list(context.eos_ids) or -1
-        results: dict[str, Any] = {}
         with _kept_state(context.model), torch.no_grad():
             config = copy.deepcopy(context.model.generation_config)
             config.update(
@@ -100,29 +126,69 @@ class ContinuousBatchingArm(Arm):
                 generation_config=config, continuous_batching_config=_continuous_config(self.pool), block=True
             )
             with manager_context as manager:
-                for k, request in enumerate(requests):
+
+                def add(name: str, request: Request) -> None:
                     manager.add_request(
                         list(request.prompt),
-                        request_id=f"r{k}",
+                        request_id=name,
                         max_new_tokens=request.max_new_tokens,
                         record_timestamps=True,
                         eos_token_id=eos,
                     )
-                while len(results) < len(requests):
-                    result = manager.get_result(timeout=_RESULT_TIMEOUT)
-                    if result is None and not manager.is_running():
-                        raise RuntimeError(
-                            "transformers' continuous batching stopped before all requests were done"
-                        )
-                    if result is not None and result.is_finished():
-                        if result.error is not None:
-                            raise RuntimeError(
-                                f"transformers' continuous batching failed a request: {result.error}"
-                            )
-                        results[result.request_id] = result
-                        progress(1)
+
+                if arrivals is not None:
+                    add("warm", short_requests(requests)[0])
+                    _collect(manager, 1, lambda count: None)
+                began = time.perf_counter()
+                with _feeding(add, requests, arrivals, began):
+                    results = _collect(manager, len(requests), progress)
                 ended = time.perf_counter()
-        return results, ended
+        return _Served(results, began, ended)
+
+
+class _Served(NamedTuple):
+    results: dict[str, Any]
+    began: float  # perf_counter
+    ended: float
+
+
+@contextlib.contextmanager
+def _feeding(
+    add: Callable[[str, Request], None],
+    requests: Sequence[Request],
+    arrivals: Sequence[float] | None,
+    began: float,
+) -> Iterator[None]:
+    """Hands all requests over at once, or each at its arrival from a thread, while the caller collects results."""
+    if arrivals is None:
+        for k, request in enumerate(requests):
+            add(f"r{k}", request)
+        yield
+        return
+
+    def feed() -> None:
+        for k, (request, arrival) in enumerate(zip(requests, arrivals, strict=True)):
+            time.sleep(max(began + arrival - time.perf_counter(), 0.0))
+            add(f"r{k}", request)
+
+    thread = threading.Thread(target=feed, name="arrivals", daemon=True)
+    thread.start()
+    yield
+    thread.join()
+
+
+def _collect(manager: Any, count: int, progress: Progress) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    while len(results) < count:
+        result = manager.get_result(timeout=_RESULT_TIMEOUT)
+        if result is None and not manager.is_running():
+            raise RuntimeError("transformers' continuous batching stopped before all requests were done")
+        if result is not None and result.is_finished():
+            if result.error is not None:
+                raise RuntimeError(f"transformers' continuous batching failed a request: {result.error}")
+            results[result.request_id] = result
+            progress(1)
+    return results
 
 
 def pool_settings(context: ArmContext, pool_rows: int) -> dict[str, int]:

@@ -13,9 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
-from transformers.generation.streamers import BaseStreamer
-
 from hf_paged.comparison.arms import (
     Arm,
     ArmContext,
@@ -25,8 +22,10 @@ from hf_paged.comparison.arms import (
     position_limit,
     short_requests,
 )
+from hf_paged.comparison.generate_calls import TokenClock, generate_batch, pad_batch
 from hf_paged.comparison.sampling import Unit, sample_units
-from hf_paged.comparison.workloads import Request
+from hf_paged.comparison.timeline import Moment, Timeline, kv_bytes_per_token, of_batch
+from hf_paged.comparison.timing import RequestTiming
 
 #: How the requests are ordered before they are cut into batches.
 ORDERS = {
@@ -74,21 +73,98 @@ class GenerateArm(Arm):
         outputs: dict[int, list[int]] = {}
         seconds: list[float] = []
         tokens: list[int] = []
-        waits: list[float | None] = []
+        steps: list[list[float]] = []  # of each unit, since it began
         with self._enabled():
             for unit, batch in zip(self.units, self.batches, strict=True):
-                clock = FirstTokenClock()
+                clock = TokenClock()
                 started = time.perf_counter()
                 rows = generate_batch(self.context.model, batch, clock if self.clocked else None)
                 seconds.append(time.perf_counter() - started)
-                waits.append(None if clock.first_token_at is None else clock.first_token_at - started)
+                steps.append([t - started for t in clock.times])
                 kept = [self._cut(rows[k], i) for k, i in enumerate(unit.indices)]
                 outputs.update(zip(unit.indices, kept, strict=True))
                 tokens.append(sum(map(len, kept)))
                 progress(len(unit.indices))
         run = ArmRun(sum(seconds), outputs, seconds, tokens, len(self.all_units))
+        waits = [times[0] if times else None for times in steps]
         run.first_token_seconds, run.first_token_note = self._first_token(seconds, waits)
+        run.timings, run.timings_note = self._timings(run, steps), self._timings_note()
+        run.timeline = self._timeline(run, steps)
+        if run.timeline is not None:
+            run.mean_running, run.kv_waste = run.timeline.mean_running, run.timeline.waste
         return run
+
+    def serve(self, arrivals: Sequence[float], progress: Progress) -> ArmRun:
+        """The first requests as they arrive (seconds): whenever it is free it takes those that wait, oldest first."""
+        count, began, done = len(arrivals), time.perf_counter(), 0
+        run = ArmRun(0.0, {}, [], [], 0)
+        while done < count:
+            time.sleep(max(began + arrivals[done] - time.perf_counter(), 0.0))
+            now = time.perf_counter() - began
+            indices = [done]
+            while (n := done + len(indices)) < count and arrivals[n] <= now and self.may_join(indices, n):
+                indices.append(n)
+            clock = TokenClock()
+            batch = pad_batch([self.context.requests[i] for i in indices], self.context)
+            with self._enabled():
+                rows = generate_batch(self.context.model, batch, clock if self.clocked else None)
+            end = time.perf_counter() - began
+            times = [t - began for t in clock.times]
+            for index, row in zip(indices, rows, strict=True):
+                kept = run.outputs[index] = self._cut(row, index)
+                own = tuple(times[: len(kept)])
+                first = own[0] if own else None
+                run.timings.append(RequestTiming(index, arrivals[index], first, end, len(kept), own))
+            run.unit_seconds.append(end - now)
+            run.unit_tokens.append(sum(len(run.outputs[i]) for i in indices))
+            done += len(indices)
+            progress(len(indices))
+        run.seconds, run.num_units = time.perf_counter() - began, len(run.unit_seconds)
+        run.mean_running = count / run.num_units
+        return run
+
+    def may_join(self, indices: Sequence[int], index: int) -> bool:
+        """Whether a waiting request may join a batch that is about to start."""
+        return False
+
+    def _timings(self, run: ArmRun, steps: list[list[float]]) -> list[RequestTiming]:
+        """Times of the requests that were run, had all units run one after another from the start."""
+        mean = sum(run.unit_seconds) / len(run.unit_seconds)
+        sampled = len(self.units) < len(self.all_units)
+        places = {unit: place for place, unit in enumerate(self.all_units)}
+        starts = itertools.accumulate(run.unit_seconds[:-1], initial=0.0)
+        timings = []
+        for unit, start, seconds, times in zip(self.units, starts, run.unit_seconds, steps, strict=True):
+            begin = places[unit] * mean if sampled else start
+            for index in unit.indices:
+                count = len(run.outputs[index])
+                own = tuple(begin + t for t in times[:count])
+                timings.append(
+                    RequestTiming(index, 0.0, own[0] if own else None, begin + seconds, count, own)
+                )
+        return timings
+
+    def _timings_note(self) -> str:
+        how = (
+            "tokens by a streamer, an answer when generate() returned"
+            if self.clocked
+            else "no single tokens seen"
+        )
+        if len(self.units) < len(self.all_units):
+            how += "; a sample was run, and the wait before each unit is its place times the mean unit"
+        return how
+
+    def _timeline(self, run: ArmRun, steps: list[list[float]]) -> Timeline | None:
+        """Of the units that were run, one after another; None where their steps were not seen."""
+        if not all(steps):
+            return None
+        moments: list[Moment] = []
+        starts = itertools.accumulate(run.unit_seconds[:-1], initial=0.0)
+        for unit, start, times in zip(self.units, starts, steps, strict=True):
+            prompts = [len(self.context.requests[i].prompt) for i in unit.indices]
+            outputs = [len(run.outputs[i]) for i in unit.indices]
+            moments += of_batch(start, [start + t for t in times], prompts, outputs)
+        return Timeline(tuple(moments), kv_bytes_per_token(self.context.model))
 
     def _cut(self, row: list[int], index: int) -> list[int]:
         return cut_at_limit(row, self.context.requests[index].max_new_tokens, self.context.eos_ids)
@@ -172,18 +248,25 @@ class PaddedArm(GenerateArm):
         units: list[Unit] = []
         batch: list[int] = []
         for index in indices:
-            if batch and (len(batch) == self.batch_size or not self._fits([*batch, index])):
+            if batch and (len(batch) == self.batch_size or not self.fits([*batch, index])):
                 units.append(Unit(tuple(batch)))
                 batch = []
             batch.append(index)
         return [*units, Unit(tuple(batch))]
 
-    def _fits(self, indices: list[int]) -> bool:
+    def may_join(self, indices: Sequence[int], index: int) -> bool:
+        return len(indices) < self.batch_size and self.fits([*indices, index])
+
+    def fits(self, indices: Sequence[int]) -> bool:
         """Whether the longest prompt and the longest output of a batch fit the positions together."""
-        limit = position_limit(self.context.model)
+        limit = self.token_limit()
         requests = [self.context.requests[i] for i in indices]
         needed = max(len(r.prompt) for r in requests) + max(r.max_new_tokens for r in requests)
         return limit is None or needed <= limit
+
+    def token_limit(self) -> int | None:
+        """Most tokens that the longest prompt and the longest output of a batch may have together."""
+        return position_limit(self.context.model)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -195,47 +278,24 @@ class PaddedArm(GenerateArm):
         return super().settings | own
 
 
-class FirstTokenClock(BaseStreamer):
-    """Notes when the first generated tokens come; `generate` hands a streamer the prompt first."""
+class TokenBudgetArm(PaddedArm):
+    """Batches grown as vLLM's throughput benchmark grows them for its "hf" backend.
 
-    def __init__(self) -> None:
-        self.first_token_at: float | None = None
-        self._prompt_seen = False
+    Requests as they come; one more joins while there are fewer than `batch_size` and the longest prompt and longest
+    output stay within 2048 tokens together. That benchmark passes no mask, samples, and credits tokens that HF may not
+    have made; here prompts are padded on the left with their mask, decoding is greedy, and asked-for tokens count.
+    """
 
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-        elif self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
+    name: ClassVar[str] = "padded_budget"
+    title: ClassVar[str] = "HF padded, vLLM's protocol"
+    budget: ClassVar[int] = 2048
 
-    def end(self) -> None:
-        """Nothing to flush."""
+    def __init__(self, context: ArmContext, *, batch_size: int, subset: int | None = None) -> None:
+        super().__init__(context, batch_size=batch_size, order="dataset", subset=subset)
 
+    def token_limit(self) -> int | None:
+        return min(self.budget, position_limit(self.context.model) or self.budget)
 
-def pad_batch(requests: Sequence[Request], context: ArmContext) -> dict[str, Any]:
-    """Arguments of `generate` for a left-padded batch: ids and mask [rows, longest prompt] int64."""
-    width = max(len(r.prompt) for r in requests)
-    ids = torch.full((len(requests), width), context.pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, request in enumerate(requests):
-        ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
-        mask[row, width - len(request.prompt) :] = 1
-    device = context.model.device
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "max_new_tokens": max(r.max_new_tokens for r in requests),
-        "do_sample": False,
-        "num_beams": 1,
-        "pad_token_id": context.pad_id,
-    }
-
-
-def generate_batch(
-    model: Any, batch: dict[str, Any], streamer: BaseStreamer | None = None
-) -> list[list[int]]:
-    """The new tokens of each row, pads and all."""
-    extra = {} if streamer is None else {"streamer": streamer}
-    with torch.no_grad():
-        out = model.generate(**batch, **extra)
-    return out[:, batch["input_ids"].shape[1] :].tolist()
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"token_budget": self.budget, "mask": True}

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_paged.comparison.sampling import Unit, rate_error
+from hf_paged.comparison.timeline import Timeline
+from hf_paged.comparison.timing import RequestTiming
 from hf_paged.comparison.workloads import Request
 
 #: Called with the number of requests just finished.
@@ -43,7 +45,13 @@ class ArmRun:
     #: Mean time from the start of the run, when all requests are there, to the first token of a request.
     first_token_seconds: float | None = None
     first_token_note: str | None = None
+    #: Of the requests that were run; `timings_note` says how they were taken.
+    timings: list[RequestTiming] = field(default_factory=list)
+    timings_note: str | None = None
+    #: Sequences that got a token at once: mean over steps, of generate_batch over time.
+    mean_running: float | None = None
     kv_waste: float | None = None
+    timeline: Timeline | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 _NORMAL = NormalDist()
@@ -37,6 +37,10 @@ class Lengths:
             lengths.append(min(max(round(value), 1), self.maximum))
         rng.shuffle(lengths)
         return lengths
+
+    def scaled(self, factor: float) -> Lengths:
+        """The same shape with mean and maximum times `factor`."""
+        return replace(self, mean=self.mean * factor, maximum=max(round(self.maximum * factor), 1))
 
     def _location(self) -> float:
         """The `mu` for which E[min(X, maximum)] = mean; the expectation grows with mu: bisection finds it."""
@@ -69,6 +73,10 @@ class LengthDistribution:
         rng = random.Random(f"{self.name}:{seed}")
         return list(zip(self.prompt.draw(count, rng), self.output.draw(count, rng), strict=True))
 
+    def scaled(self, factor: float) -> LengthDistribution:
+        """Prompts and outputs times `factor`; the same seed gives the same ranks."""
+        return replace(self, prompt=self.prompt.scaled(factor), output=self.output.scaled(factor))
+
 
 DISTRIBUTIONS: dict[str, LengthDistribution] = {
     d.name: d
@@ -90,6 +98,20 @@ DISTRIBUTIONS: dict[str, LengthDistribution] = {
             Lengths(19.31, 0.6, 256),
             Lengths(58.45, 0.9, 512),
             "instructions with the Alpaca means of the vLLM paper (arXiv 2309.06180)",
+        ),
+        LengthDistribution(
+            "azure-code",
+            Lengths(2048, 0.79, 7424),
+            Lengths(28, 1.24, 256),
+            "code completion in the Azure trace of 2023 (Splitwise, ISCA 2024): long prompts, short outputs. Means of "
+            "2048 and 28, shapes from medians of 1500 and 13, as papers report them; not computed from the trace here",
+        ),
+        LengthDistribution(
+            "azure-chat",
+            Lengths(1155, 0.5, 4096),
+            Lengths(211, 0.99, 1024),
+            "conversation in the Azure trace of 2023 (Splitwise, ISCA 2024). Means of 1155 and 211, shapes from "
+            "medians of 1020 and 129, as papers report them; not computed from the trace here",
         ),
         LengthDistribution(
             "uniform",

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_paged.comparison.arms import ArmRun
 from hf_paged.comparison.equality import Equality
+from hf_paged.comparison.timing import goodput, summarise
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass
@@ -36,10 +37,22 @@ class RunRow:
     peak_memory_bytes: int | None
     memory_method: str
     kv_waste: float | None
+    mean_running: float | None
+    peak_kv_bytes: int | None
+    latency: dict[str, dict[str, float]]  # of `hf_paged.comparison.timing.MEASURES`
+    latency_note: str | None
+    goodput: dict[str, Any] | None
     extra: dict[str, Any]
 
     @classmethod
-    def of(cls, repeat: int, run: ArmRun, peak_memory_bytes: int | None, memory_method: str) -> RunRow:
+    def of(
+        cls,
+        repeat: int,
+        run: ArmRun,
+        peak_memory_bytes: int | None,
+        memory_method: str,
+        limits: dict[str, float],
+    ) -> RunRow:
         return cls(
             repeat=repeat,
             seconds=run.seconds,
@@ -52,13 +65,18 @@ class RunRow:
             peak_memory_bytes=peak_memory_bytes,
             memory_method=memory_method,
             kv_waste=run.kv_waste,
+            mean_running=run.mean_running,
+            peak_kv_bytes=None if run.timeline is None else run.timeline.peak_kv_bytes,
+            latency=summarise(run.timings),
+            latency_note=run.timings_note,
+            goodput=goodput(run.timings, limits, run.seconds),
             extra=run.extra,
         )
 
 
 @dataclass
 class ArmReport:
-    """An arm with its settings and runs. `error` is what ended it, if anything did."""
+    """An arm with its settings and runs. `error` is what ended it, if anything did; `timeline` is of the first run."""
 
     name: str
     title: str
@@ -66,11 +84,33 @@ class ArmReport:
     runs: list[RunRow] = field(default_factory=list)
     calibration: list[dict[str, Any]] = field(default_factory=list)
     repeats_equal: bool = True
+    timeline: dict[str, Any] | None = None
     error: str | None = None
 
     def median(self, column: str) -> float | None:
         values = [getattr(r, column) for r in self.runs if getattr(r, column) is not None]
         return statistics.median(values) if values else None
+
+    def latency(self, measure: str, statistic: str) -> float | None:
+        """Median over the runs of, say, the "p99" of "ttft", in seconds."""
+        values = [r.latency[measure][statistic] for r in self.runs if measure in r.latency]
+        return statistics.median(values) if values else None
+
+
+@dataclass
+class RateRow:
+    """One arm under Poisson arrivals of `rate` requests a second."""
+
+    arm: str
+    rate: float
+    requests: int
+    seconds: float
+    tokens_per_second: float
+    latency: dict[str, dict[str, float]]
+    goodput: dict[str, Any] | None
+    mean_running: float | None
+    #: A quarter of the requests had no token yet when the last one came: it falls behind, and is not run faster.
+    saturated: bool
 
 
 @dataclass
@@ -97,7 +137,9 @@ class CompareReport:
     workload: dict[str, Any]
     options: dict[str, Any]
     environment: dict[str, Any]
+    scenario: dict[str, str] | None = None
     arms: list[ArmReport] = field(default_factory=list)
+    rates: list[RateRow] = field(default_factory=list)
     equality: list[Equality] = field(default_factory=list)
     complete: bool = False
 
@@ -126,10 +168,12 @@ class CompareReport:
             "schema_version": SCHEMA_VERSION,
             "complete": self.complete,
             "model": self.model,
+            "scenario": self.scenario,
             "workload": self.workload,
             "options": self.options,
             "environment": self.environment,
             "arms": [asdict(a) for a in self.arms],
+            "rates": [asdict(r) for r in self.rates],
             "ratios": [r.to_dict() for r in self.ratios],
             "equality": [e.to_dict() for e in self.equality],
         }

@@ -13,47 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_paged.comparison.arm_continuous import POOL_ROWS, ContinuousBatchingArm
-from hf_paged.comparison.arm_generate import LoopArm, PaddedArm, PagedLoopArm
+from hf_paged.comparison.arm_continuous import ContinuousBatchingArm
+from hf_paged.comparison.arm_generate import LoopArm, PaddedArm, PagedLoopArm, TokenBudgetArm
 from hf_paged.comparison.arms import Arm, ArmContext
 from hf_paged.comparison.equality import compare_outputs
 from hf_paged.comparison.measure import PeakMemory
+from hf_paged.comparison.options import Options
+from hf_paged.comparison.rates import ServedRates
 from hf_paged.comparison.report import ArmReport, CompareReport, RunRow
 
-ARMS = ("loop", "padded", "generate_batch", "hf_paged")
-ALL_ARMS = (*ARMS, "hf_paged_loop")
 #: Called with (what is running, requests done, requests in all).
 OnProgress = Callable[[str, int, int], None]
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compare. Subsets are numbers of requests; None runs all."""
-
-    arms: tuple[str, ...] = ARMS
-    repeats: int = 3
-    loop_subset: int | None = 32
-    padded_subset: int | None = 64
-    padded_sizes: tuple[int, ...] = (4, 8, 16, 32)
-    padded_orders: tuple[str, ...] = ("dataset", "prompt")
-    pool_rows: tuple[int, ...] = POOL_ROWS
-    calibration_subset: int | None = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in self.arms:
-            if name not in ALL_ARMS:
-                raise ValueError(f"arm {name!r}: must be one of {', '.join(ALL_ARMS)}")
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"arms={self.arms!r}: must be at least one arm, each once")
-        for name in ("repeats", "loop_subset", "padded_subset", "calibration_subset"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}: must be at least 1")
-        if not (self.padded_sizes and self.padded_orders and self.pool_rows):
-            raise ValueError("padded_sizes, padded_orders and pool_rows must not be empty")
 
 
 @dataclass
@@ -87,6 +59,7 @@ class Runner:
                         self._run_once(entry, arms[name], repeat)
                     self._updated()
         self._compare_outputs()
+        ServedRates(self.context, self.options, self.report, self._progress, self._updated).run(arms)
         self.report.complete = all(a.error is None for a in self.report.arms)
         self._updated()
 
@@ -138,6 +111,18 @@ class Runner:
                 for size in sizes
                 for order in options.padded_orders
             ]
+        if name == "padded_budget":
+            sizes = _distinct(min(s, len(context.requests)) for s in options.padded_sizes)
+            return [
+                Candidate(
+                    TokenBudgetArm,
+                    context,
+                    subset=options.padded_subset,
+                    trial_subset=options.calibration_subset,
+                    batch_size=size,
+                )
+                for size in sizes
+            ]
         if name == "generate_batch":
             rows = _distinct(min(r, len(context.requests)) for r in options.pool_rows)
             # A small sample would not fill a large pool, so trials take enough requests to fill the largest.
@@ -152,7 +137,9 @@ class Runner:
         label = f"{entry.name} {repeat + 1}/{self.options.repeats}"
         with PeakMemory(self.context.model.device) as memory:
             run = arm.run(self._progress(label, arm))
-        entry.runs.append(RunRow.of(repeat, run, memory.peak_bytes, memory.method))
+        entry.runs.append(RunRow.of(repeat, run, memory.peak_bytes, memory.method, self.options.limits))
+        if entry.timeline is None and run.timeline is not None:
+            entry.timeline = run.timeline.to_dict()
         first = self.outputs.setdefault(entry.name, run.outputs)
         entry.repeats_equal &= first == run.outputs
 

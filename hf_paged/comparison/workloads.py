@@ -139,11 +139,7 @@ def workload_from_lengths(
     if num_requests < 1:
         raise ValueError(f"num_requests={num_requests}: must be at least 1")
     lengths = find_distribution(name).draw(num_requests, seed)
-    draw = (
-        _text_windows(tokenizer, seed)
-        if tokenizer is not None
-        else _random_ids(vocab_size, special_ids, seed)
-    )
+    draw = prompt_source(vocab_size, special_ids, seed, tokenizer)
     requests = tuple(Request(tuple(draw(prompt)), output) for prompt, output in lengths)
     return fit(Workload(name, requests, seed), max_positions)
 
@@ -161,6 +157,15 @@ def fit(workload: Workload, max_positions: int | None) -> Workload:
         return workload
     note = f"{cut} of {len(fitted)} requests cut to the model's {max_positions} positions"
     return Workload(workload.name, tuple(fitted), workload.seed, (*workload.notes, note))
+
+
+def prompt_source(
+    vocab_size: int, special_ids: Sequence[int], seed: int, tokenizer: Any = None
+) -> Callable[[int], list[int]]:
+    """A function of a length that gives the next prompt: a window of text, or random ids without a tokenizer."""
+    if tokenizer is not None:
+        return _text_windows(tokenizer, seed)
+    return _random_ids(vocab_size, special_ids, seed)
 
 
 def _random_ids(vocab_size: int, special_ids: Sequence[int], seed: int) -> Callable[[int], list[int]]:

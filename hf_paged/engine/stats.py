@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from hf_paged.engine.runtime import Runtime
@@ -41,6 +42,15 @@ class EngineStats:
         return asdict(self)
 
 
+class StepRecord(NamedTuple):
+    """One step as it ended."""
+
+    ended_at: float  # perf_counter, seconds
+    num_sequences: int  # in the step
+    blocks_used: int
+    tokens_held: int  # by the running sequences; of a shared block each holder counts its own
+
+
 @dataclass
 class Counters:
     """What the engine itself adds up between resets."""
@@ -59,6 +69,8 @@ class Counters:
     peak_blocks_if_unshared: int = 0
     preemptions_before: int = 0  # the scheduler's counters at the last reset
     prefix_hits_before: int = 0
+    #: One record a step, if somebody put a list here.
+    trace: list[StepRecord] | None = None
 
     def count_step(self, scheduler: Scheduler, num_sequences: int) -> None:
         """After a step of `num_sequences` sequences, before its finished ones leave."""
@@ -73,6 +85,8 @@ class Counters:
         self.used_slots += blocks * manager.block_size
         self.waste_slots += blocks * manager.block_size - tokens
         used = manager.num_used
+        if self.trace is not None:
+            self.trace.append(StepRecord(time.perf_counter(), num_sequences, used, tokens))
         if used >= self.peak_blocks_used:
             self.peak_blocks_used = used
             self.peak_blocks_if_unshared = max(self.peak_blocks_if_unshared, blocks)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ class RequestHandle:
         self._engine = engine
         self._call: Call | None = None
         self._tokens: list[int] = []
+        #: When each token came: seconds of `time.perf_counter`.
+        self.token_times: list[float] = []
         self._ended = False
         self._changed = threading.Condition()
         self._watchers: list[Callable[[], object]] = []
@@ -143,6 +146,7 @@ class RequestHandle:
     def _on_token(self, sequence: Sequence, token: int) -> None:
         with self._changed:
             self._tokens.append(token)
+            self.token_times.append(time.perf_counter())
             self._notify()
 
     def _on_finish(self, call: Call) -> None:

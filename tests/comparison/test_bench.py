@@ -10,8 +10,9 @@ import pytest
 from hf_paged.comparison import bench, suites
 from hf_paged.comparison.arms import ArmContext
 from hf_paged.comparison.models import RANDOM_SHAPES
+from hf_paged.comparison.options import ALL_ARMS, Options
 from hf_paged.comparison.report import CompareReport
-from hf_paged.comparison.runner import ALL_ARMS, Options, Runner
+from hf_paged.comparison.runner import Runner
 from hf_paged.comparison.workloads import workload_from_lengths
 from tests.helpers import make_model
 

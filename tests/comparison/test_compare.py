@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged.comparison.arm_generate import LoopArm, PaddedArm
+from hf_paged.comparison.arm_generate import LoopArm, PaddedArm, TokenBudgetArm
 from hf_paged.comparison.arms import ArmContext
 from hf_paged.comparison.equality import compare_outputs
 from hf_paged.comparison.workloads import Request
 from tests.helpers import DEMO_MODELS, EOS, FAMILIES, demo_model, make_model
 
-ALL = ("loop", "padded", "generate_batch", "hf_paged", "hf_paged_loop")
+ALL = ("loop", "padded", "padded_budget", "generate_batch", "hf_paged", "hf_paged_loop")
 SMALL = {"padded_sizes": (2,), "padded_orders": ("prompt",), "pool_rows": (4,)}
 PROMPTS = [[5, 6, 7], list(range(10, 40)), [9] * 12, [3, 4]]
 
@@ -63,11 +63,13 @@ def test_first_tokens_come_within_the_run_and_memory_is_measured(report: hf_page
 def test_the_json_has_the_documented_keys(report: hf_paged.CompareReport, tmp_path) -> None:
     report.save(tmp_path / "c.json")
     data = json.loads((tmp_path / "c.json").read_text())
-    documented = "schema_version complete model workload options environment arms ratios equality"
+    documented = (
+        "schema_version complete model scenario workload options environment arms rates ratios equality"
+    )
     assert set(data) == set(documented.split())
     assert data["model"]["model_type"] == "llama"
     assert data["workload"]["num_requests"] == 4
-    arm_keys = {"name", "title", "settings", "runs", "calibration", "repeats_equal", "error"}
+    arm_keys = {"name", "title", "settings", "runs", "calibration", "repeats_equal", "timeline", "error"}
     run_keys = {
         "repeat",
         "seconds",
@@ -78,6 +80,7 @@ def test_the_json_has_the_documented_keys(report: hf_paged.CompareReport, tmp_pa
         "first_token_seconds",
     }
     run_keys |= {"first_token_note", "peak_memory_bytes", "memory_method", "kv_waste", "extra"}
+    run_keys |= {"mean_running", "peak_kv_bytes", "latency", "latency_note", "goodput"}
     for arm in data["arms"]:
         assert set(arm) == arm_keys
         assert {frozenset(run) for run in arm["runs"]} == {frozenset(run_keys)}
@@ -189,6 +192,35 @@ def test_padded_batches_fit_the_positions_and_cover_every_request() -> None:
     outputs = arm.run(lambda count: None).outputs
     assert sorted(outputs) == [0, 1, 2, 3]
     assert all(0 < len(outputs[i]) <= r.max_new_tokens for i, r in enumerate(requests))
+
+
+def test_vllms_protocol_grows_batches_in_order_to_its_token_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gpt2")  # 128 positions
+    lengths = [(10, 20), (30, 5), (20, 30), (4, 4), (50, 10), (6, 6)]
+    context = ArmContext(model, [Request((1,) * p, o) for p, o in lengths], pad_id=2)
+    monkeypatch.setattr(TokenBudgetArm, "budget", 60)
+    # 30 + 30 fills the budget; the fourth fits beside it, the fifth does not: 50 + 30.
+    assert [u.indices for u in TokenBudgetArm(context, batch_size=8).units] == [(0, 1, 2, 3), (4, 5)]
+    arm = TokenBudgetArm(context, batch_size=3)
+    assert [u.indices for u in arm.units] == [(0, 1, 2), (3, 4, 5)]
+    assert arm.settings["token_budget"] == 60
+    monkeypatch.setattr(TokenBudgetArm, "budget", 2048)
+    assert TokenBudgetArm(context, batch_size=8).token_limit() == 128
+
+
+def test_every_run_has_latencies_running_batch_and_goodput(report: hf_paged.CompareReport) -> None:
+    for arm in report.arms:
+        for run in arm.runs:
+            assert run.latency["e2e"]["p99"] <= run.seconds + 1e-6, arm.name
+            assert run.latency_note
+            if arm.name != "hf_paged_loop":  # a streamer would change how it runs
+                assert 0 < run.latency["ttft"]["p50"] <= run.latency["e2e"]["p50"]
+                assert run.latency["tpot"]["mean"] > 0
+                assert run.goodput["share"] == 1
+                assert run.peak_kv_bytes > 0
+                assert 1 <= run.mean_running <= 4
+    assert report.arm("hf_paged").runs[0].mean_running > report.arm("loop").runs[0].mean_running == 1
+    assert set(report.arm("hf_paged").timeline) == {"seconds", "running", "kv_bytes"}
 
 
 def test_a_difference_is_told_from_a_near_tie() -> None:
