@@ -47,6 +47,7 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
         UnsupportedModelError: no model of a supported family inside.
         ConfigError: an option is not allowed, or the model is enabled with other options already.
     """
+    from hf_paged.integrations.assistants import Assistants
     from hf_paged.integrations.continuous_batching import attach as attach_manager
     from hf_paged.integrations.peft import PeftAdapters
     from hf_paged.patches import registry as patches
@@ -75,6 +76,7 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
             engine.front = front
             engine.adapters = PeftAdapters(model, patch)
             engine.adapters.sync()
+            engine.set_assistants(Assistants())
             engine.replaced_generate = vars(model).get("generate")
             front.set("generate", _make_generate(model))
             attach_manager(model, engine)

@@ -34,6 +34,16 @@ class StepPlan:
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     #: Indices into `sequences` of those that reach their last known token in this step and so need a next token.
     sample_indices: list[int] = field(default_factory=list)
+    #: How many of each sequence's tokens, the last ones, are drafts (`Sequence.draft`); empty: there are none.
+    #: The token before the first draft and each draft get a row of logits.
+    num_drafts: list[int] = field(default_factory=list)
+
+    @property
+    def logits_counts(self) -> list[int]:
+        """Rows of logits of each sequence in `sample_indices`."""
+        if not self.num_drafts:
+            return [1] * len(self.sample_indices)
+        return [1 + self.num_drafts[i] for i in self.sample_indices]
 
     @property
     def num_tokens(self) -> int:
@@ -70,7 +80,7 @@ class StepInputs:
     owner: object  # whose layers this step is for: `AppliedPatch.owner`
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, restarting per sequence
-    logits_indices: Tensor  # [R] int64 into T: last token of each sequence in `StepPlan.sample_indices`
+    logits_indices: Tensor  # [R] int64 into T: last tokens of each sequence, as `StepPlan.logits_counts` says
     metadata: PagedMetadata
     backend: str  # "reference" | "cpu" | "triton"
     #: layer number -> (k_cache, v_cache), each [num_blocks, block_size, H_kv, D]

@@ -40,7 +40,10 @@ def build(
     for seq, count, at in zip(
         sequences[num_decodes:], counts[num_decodes:], starts[num_decodes:], strict=False
     ):
-        ids[at : at + count] = seq.token_ids[seq.num_computed : seq.num_computed + count]
+        known = seq.token_ids[seq.num_computed : seq.num_computed + count]
+        ids[at : at + len(known)] = known
+        if len(known) < count:
+            ids[at + len(known) : at + count] = seq.draft[: count - len(known)]
     # Position of a token = its sequence's computed tokens + its place among the new ones.
     rows = np.repeat(np.arange(len(sequences)), query_lens)
     positions = computed[rows] + np.arange(starts[-1]) - starts[rows]
@@ -60,6 +63,14 @@ def build(
         seq_lens_list=seq_lens.tolist(),
     )
     logits_indices = starts[1:][plan.sample_indices].astype(np.int64) - 1
+    if plan.num_drafts:
+        logits_indices = np.concatenate(
+            [
+                np.arange(last - count + 1, last + 1)
+                for last, count in zip(logits_indices, plan.logits_counts, strict=True)
+            ]
+            or [logits_indices]
+        )
     return StepInputs(
         owner=owner,
         input_ids=move(ids)[None],
@@ -79,7 +90,7 @@ def _adapter_runs(plan: StepPlan) -> AdapterRuns | None:
         return None
     return AdapterRuns(
         tokens=_runs(selections, plan.num_scheduled_tokens),
-        rows=_runs([selections[i] for i in plan.sample_indices], [1] * len(plan.sample_indices)),
+        rows=_runs([selections[i] for i in plan.sample_indices], plan.logits_counts),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_paged.config import PagedConfig
 from hf_paged.engine.adapters import AdapterHost, Selection
 from hf_paged.engine.ambient import Ambient
+from hf_paged.engine.assistant import AssistantHost
 from hf_paged.engine.crank import Crank
 from hf_paged.engine.loop import StepLoop
 from hf_paged.engine.request import Call, Sequence
@@ -99,6 +100,14 @@ class PagedEngine:
             s: b"\0".join((version, adapters_version(self.model, None if s is None else s.names), salt))
             for s in set(selections)
         }
+
+    def set_assistants(self, host: AssistantHost) -> None:
+        """Who patches the assistant models of calls that speculate."""
+        self._loop.assistants = host
+
+    def assistant_problems(self, assistant: nn.Module) -> list[str]:
+        """Why `assistant` cannot draft for calls of this model; empty when it can."""
+        return self._loop.assistants.problems(assistant)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import time
 import weakref
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 
 from hf_paged.config import PagedConfig
 from hf_paged.engine import batch
+from hf_paged.engine.assistant import Assistant, AssistantHost, NoAssistants
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
 from hf_paged.engine.runtime import Runtime
+from hf_paged.engine.speculation import Speculator
 from hf_paged.engine.stats import Counters
 from hf_paged.errors import EngineStateError, InvalidRequestError, RequestCancelledError, WeightsChangedError
 from hf_paged.step import StepPlan
@@ -44,6 +48,8 @@ class StepLoop:
         self.runtime: Runtime | None = None
         self._building = threading.Lock()
         self.calls: dict[Call, None] = {}
+        self.assistants: AssistantHost = NoAssistants()  # set by `enable`
+        self.speculator = Speculator(lambda model: Assistant(model, self.assistants, config))
         self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)
 
     @property
@@ -76,6 +82,7 @@ class StepLoop:
         """Called by the crank holder for each new call."""
         try:
             runtime = self.ready()
+            self.speculator.take_up(call)
         except Exception as error:
             call.error = error
             call.done.set()
@@ -93,6 +100,11 @@ class StepLoop:
         """Plans and runs one step. An exception of the forward fails the calls that were in it, nobody else."""
         runtime = self.runtime
         if runtime is None:
+            return
+        start = time.perf_counter()
+        if failed := self.speculator.propose(runtime.scheduler):
+            for seq, error in failed.items():
+                self.fail([seq.call], error)
             return
         plan = runtime.scheduler.schedule()
         if plan is None:
@@ -115,6 +127,9 @@ class StepLoop:
         self.counters.count_step(runtime.scheduler, len(plan.sequences))
         if plan.sample_indices:
             self._sample(runtime, plan, logits)
+        if restored := [s for s in plan.sequences if s.finish_reason is not None and s.call.keep_kv]:
+            self._finish(runtime, [s for s in restored if s.status is Status.RUNNING])
+        self.speculator.stepped(plan, time.perf_counter() - start)
 
     def _fail_lost(self, plan: StepPlan) -> bool:
         """Fails the calls whose adapters were taken away under them. Asked after a step: it may happen during one."""
@@ -144,16 +159,28 @@ class StepLoop:
     def _sample(self, runtime: Runtime, plan: StepPlan, logits: Tensor) -> None:
         """A next token for each sequence that reached its last one, and for those forked from it just now."""
         sequences = [plan.sequences[i] for i in plan.sample_indices]
-        rows = list(range(len(sequences)))
-        for row, seq in enumerate(tuple(sequences)):
+        rows = list(itertools.accumulate(plan.logits_counts[:-1], initial=0))
+        for row, seq in zip(tuple(rows), tuple(sequences), strict=True):
             if seq.num_generated == 0 and len(seq.call.sequences) > 1:
                 for child in runtime.scheduler.fork_children(seq):
                     sequences.append(child)
                     rows.append(row)
-        if len(rows) > len(plan.sample_indices):
-            logits = logits[torch.tensor(rows, device=logits.device)]
+        last = logits
+        if len(rows) > len(plan.sample_indices) or plan.num_drafts:
+            last = logits[torch.tensor(rows, device=logits.device)]
         with sequences[0].call.ambient.enter():
-            tokens = runtime.sampler.sample(logits, sequences)
+            tokens = runtime.sampler.sample(last, sequences)
+        self._append(runtime, sequences, tokens)
+        if plan.num_drafts:
+            append = functools.partial(self._append, runtime)
+            drafted, accepted = self.speculator.verify(
+                plan, logits, runtime.sampler, runtime.scheduler, append
+            )
+            self.counters.drafted_tokens += drafted
+            self.counters.accepted_tokens += accepted
+
+    def _append(self, runtime: Runtime, sequences: list[Sequence], tokens: list[int | BaseException]) -> None:
+        """Takes in a new token of each sequence, or what it failed with, and ends those whose last it was."""
         failed: dict[Call, BaseException] = {}
         accepted: list[Sequence] = []
         now = time.perf_counter()
@@ -203,6 +230,7 @@ class StepLoop:
 
     def _complete(self, call: Call) -> None:
         self.calls.pop(call, None)
+        self.speculator.ended(call)
         call.finished_at = time.perf_counter()
         if call.on_finish is not None:
             call.on_finish(call)
@@ -236,6 +264,7 @@ class StepLoop:
         others = [c for c in self.calls if c not in calls]
         self.calls.clear()
         self.kept.clear()
+        self.speculator.abandon()
         if self.runtime is not None:
             self.runtime.close()
             self.runtime = None
@@ -254,12 +283,17 @@ class StepLoop:
         """In a forked child: the parent's calls are not ours."""
         self.calls.clear()
         self.kept.clear()
+        self.speculator.abandon()
         self.runtime = None
         self._building = threading.Lock()
 
     def _restart(self, call: Call) -> None:
         self.calls[call] = None
-        self.ready().scheduler.add(call)
+        try:
+            self.speculator.take_up(call)
+            self.ready().scheduler.add(call)
+        except Exception as error:
+            self.fail([call], error)
 
     def _fail_stuck(self, runtime: Runtime) -> None:
         """Nothing can be scheduled though something waits: the pool shrank under it or kept blocks fill it."""

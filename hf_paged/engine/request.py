@@ -68,6 +68,9 @@ class Sequence:
     num_kept: int | None = None
     num_cached_prompt: int = 0  # prompt tokens found in the prefix cache at first admission
     arrival: int = -1  # order of admission to the engine; set by the scheduler
+    #: Guesses of the tokens that come next: the next step computes them too, and those that prove right are kept.
+    draft: list[int] = field(default_factory=list)
+    drafting: Any = None  # what `engine.speculation` remembers of it
 
     @property
     def namespace(self) -> bytes | None:
@@ -110,6 +113,7 @@ class Call:
     #: Finished rows go on with pad tokens until all rows are finished, as upstream does, for scores and
     #: returned caches.
     run_on: bool = False
+    speculation: Any = None  # `engine.speculation.Speculation`: how tokens are drafted; None: they are not
     keep_kv: bool = False  # blocks stay with the finished sequences until `PagedEngine.release_kv`
     sequences: list[Sequence] = field(default_factory=list)
     call_id: int = field(default_factory=lambda: next(_call_ids))
@@ -147,9 +151,18 @@ class Call:
         return any(s.finish_reason is None for s in self.sequences)
 
     @property
+    def run_on_width(self) -> int:
+        """Generated tokens up to which finished rows go on for now: no row is ever longer than the result."""
+        return max(
+            s.num_generated + 1 if s.finish_reason is None else s.num_kept or 0 for s in self.sequences
+        )
+
+    @property
     def has_run_out(self) -> bool:
         """All rows are finished and, as upstream's do, have gone on to the step in which the last one finished."""
         if self.unfinished:
             return False
         width = max(s.num_kept or 0 for s in self.sequences)
+        if self.keep_kv and any(s.num_uncomputed > 1 for s in self.sequences):
+            return False  # it was preempted, and its KV is still to be made again
         return all(s.num_generated >= width for s in self.sequences)

@@ -65,6 +65,10 @@ class Sampler:
                     tokens[i] = spec.pad_token_id
         return tokens
 
+    def most_probable(self, logits: Tensor) -> list[int]:
+        """The first of the highest logits of each row of [R, vocab]: the next tokens of `plain` calls."""
+        return self._argmax_rows(logits.float() if logits.dtype is torch.float64 else logits).tolist()
+
     def stops(self, sequences: list[Sequence]) -> list[FinishReason | None]:
         """Why each sequence, whose newest token was just appended, finishes; None if it goes on."""
         reasons = stopping.stops(sequences)

@@ -125,6 +125,12 @@ class SamplingSpec:
         self._histories[sequence.row] = (ids, length)
         return ids[:length]
 
+    def rewind(self, row: int, num_generated: int) -> None:
+        """The generated tokens of `row` after this many are others now."""
+        if row in self._histories:
+            ids, filled = self._histories[row]
+            self._histories[row] = (ids, min(filled, self.prompt_width + num_generated))
+
     def release(self, row: int) -> None:
         """`row` will not be sampled again."""
         self._histories.pop(row, None)

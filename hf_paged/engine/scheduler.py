@@ -3,7 +3,8 @@
 There are no phases. Sequences that need one token (decode) go first, then chunks of longer remainders, then new
 admissions, all within `max_num_batched_tokens`. When blocks run out, the youngest running sequence is
 preempted: its blocks go back and its tokens are computed again later, which the prefix cache often shortens.
-The oldest sequence always advances.
+The oldest sequence always advances. Drafted tokens come with their sequence's next one, as long as they take
+nothing that another sequence needs.
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ class Scheduler:
                 return plan
         return None
 
+    @property
+    def next_ambient(self) -> object:
+        """The ambient state whose turn it is."""
+        return next(iter(self._turns()), None)
+
     def _turns(self) -> list[object]:
         """Ambient states take turns, so that no caller starves another."""
         states = list(self._ambients)
@@ -95,13 +101,13 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         preempted = False
         # The sort is stable: single tokens before chunks, each by age.
-        candidates = [s for s in self.running if s.call.ambient == ambient]
+        candidates = [s for s in self.running if s.call.ambient == ambient and _num_missing(s)]
         for seq in sorted(candidates, key=_is_chunk):
             if budget <= 0:
                 break
             if seq.status is not Status.RUNNING:
                 continue
-            count = min(seq.num_uncomputed, budget)
+            count = min(_num_missing(seq) + self._num_drafts(seq), budget)
             made = self.manager.allocate(seq, seq.num_computed + count)
             while made is None:
                 victim = self.running[-1]
@@ -117,7 +123,23 @@ class Scheduler:
                 budget -= count
         if not preempted:
             self._admit(ambient, chosen, copies, budget)
-        return _make_plan(chosen, copies) if chosen else None
+            held = [s for s in self.running if s.call.ambient == ambient and not s.call.keep_kv]
+            held = [s for s in held if not _num_missing(s)]
+            while held and not chosen:
+                # Finished rows wait for one that has no blocks, and leave it none.
+                self._preempt(held.pop())
+                self._admit(ambient, chosen, copies, budget)
+        return make_plan(chosen, copies) if chosen else None
+
+    def _num_drafts(self, seq: Sequence) -> int:
+        """How many drafts of `seq` go with it: none where that would take one of the last blocks."""
+        if not seq.draft:
+            return 0
+        new_blocks = self.manager.blocks_for(seq.num_tokens + len(seq.draft)) - len(seq.block_table)
+        # One spare block for each running sequence, as at admission.
+        if new_blocks > 0 and new_blocks + len(self.running) > self.manager.num_available:
+            seq.draft = []
+        return len(seq.draft)
 
     def _admit(self, ambient: object, chosen: dict, copies: dict, budget: int) -> None:
         """Starts waiting sequences while tokens, places and blocks last."""
@@ -125,7 +147,7 @@ class Scheduler:
         for place, seq in enumerate(self.waiting):
             if budget <= 0 or len(self.running) + len(admitted) >= self.max_num_seqs:
                 break
-            if seq.call.ambient != ambient or self._will_be_forked(seq):
+            if seq.call.ambient != ambient or self._will_be_forked(seq) or not _num_missing(seq):
                 continue
             # One spare block for each running sequence keeps a new one from being preempted at once.
             needed = self.manager.blocks_for(seq.num_tokens) + 1
@@ -135,7 +157,11 @@ class Scheduler:
             if not self.manager.attach_prefix(seq):
                 continue
             hit = seq.num_computed
-            count = min(seq.num_uncomputed, budget)
+            if not _num_missing(seq):
+                seq.num_computed -= (
+                    1  # a row that only wants its KV back, and found it all: one token makes a step
+                )
+            count = min(_num_missing(seq), budget)
             made = self.manager.allocate(seq, seq.num_computed + count)
             if made is None:
                 self.manager.free(seq)
@@ -164,15 +190,28 @@ class Scheduler:
         self.running.remove(seq)
         self.manager.free(seq)
         seq.status = Status.WAITING
+        seq.draft = []
         bisect.insort(self.waiting, seq, key=_order)
         self.num_preemptions += 1
 
     # --- after the forward ------------------------------------------------------------------------------------------
 
     def advance(self, plan: StepPlan) -> None:
-        """The planned tokens are computed: moves `num_computed` and registers filled blocks."""
-        for seq, count in zip(plan.sequences, plan.num_scheduled_tokens, strict=True):
-            seq.num_computed += count
+        """The planned tokens are computed: moves `num_computed` and registers filled blocks.
+
+        Drafts wait for `accept`.
+        """
+        for i, (seq, count) in enumerate(zip(plan.sequences, plan.num_scheduled_tokens, strict=True)):
+            seq.num_computed += count - (plan.num_drafts[i] if plan.num_drafts else 0)
+            self.manager.commit(seq)
+
+    def accept(self, sequences: Iterable[Sequence]) -> None:
+        """The newest token of each was a draft of the last step: it is computed already.
+
+        What was computed of rejected drafts lies behind `num_computed`, where the next tokens overwrite it.
+        """
+        for seq in sequences:
+            seq.num_computed += 1
             self.manager.commit(seq)
 
     def fork_children(self, parent: Sequence) -> list[Sequence]:
@@ -192,18 +231,29 @@ class Scheduler:
         return children
 
 
-def _make_plan(chosen: dict[Sequence, int], copies: dict[Sequence, list[tuple[int, int]]]) -> StepPlan:
+def _num_missing(seq: Sequence) -> int:
+    """How many tokens of `seq` the next steps have to compute, drafts aside."""
+    if seq.finish_reason is None or not seq.call.run_on or seq.num_generated < seq.call.run_on_width:
+        return seq.num_uncomputed
+    # It runs on and has gone as far as it may for now: only what its user wants of it may be missing.
+    return seq.num_uncomputed - 1 if seq.call.keep_kv else 0
+
+
+def make_plan(chosen: dict[Sequence, int], copies: dict[Sequence, list[tuple[int, int]]]) -> StepPlan:
+    """The step in which each sequence of `chosen` gets so many tokens, after the block copies of each."""
     ordered = sorted(chosen, key=lambda s: chosen[s] > 1)  # stable: single tokens first
     if any(s.adapters is not None for s in ordered):
         # Within both parts rows of one adapter lie together, so that its products are few and large.
         ordered.sort(key=lambda s: (chosen[s] > 1, () if s.adapters is None else s.adapters.names))
     counts = [chosen[s] for s in ordered]
+    drafts = [max(0, c - s.num_uncomputed) if s.draft else 0 for s, c in zip(ordered, counts, strict=True)]
     return StepPlan(
         sequences=ordered,
         num_scheduled_tokens=counts,
         num_decodes=sum(1 for c in counts if c == 1),
         block_copies=[pair for s in ordered for pair in copies[s]],
         sample_indices=[
-            i for i, (s, c) in enumerate(zip(ordered, counts, strict=True)) if s.num_uncomputed == c
+            i for i, (s, c) in enumerate(zip(ordered, counts, strict=True)) if s.num_uncomputed <= c
         ],
+        num_drafts=drafts if any(drafts) else [],
     )

@@ -37,6 +37,8 @@ class EngineStats:
     peak_blocks_used: int = 0
     peak_blocks_if_unshared: int = 0  # what the peak would have been had no two sequences shared a block
     mean_running: float = 0.0  # sequences in a step, mean over steps
+    drafted_tokens: int = 0  # by prompt lookup or an assistant model, and computed
+    accepted_tokens: int = 0  # drafted tokens that were right
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,6 +69,8 @@ class Counters:
     used_slots: int = 0
     peak_blocks_used: int = 0
     peak_blocks_if_unshared: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions_before: int = 0  # the scheduler's counters at the last reset
     prefix_hits_before: int = 0
     #: One record a step, if somebody put a list here.
@@ -107,6 +111,8 @@ def snapshot(counters: Counters, runtime: Runtime | None) -> EngineStats:
         peak_blocks_used=c.peak_blocks_used,
         peak_blocks_if_unshared=c.peak_blocks_if_unshared,
         mean_running=c.sum_running / c.steps if c.steps else 0.0,
+        drafted_tokens=c.drafted_tokens,
+        accepted_tokens=c.accepted_tokens,
     )
     if runtime is not None:
         scheduler, manager = runtime.scheduler, runtime.manager

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from hf_paged.engine import sampling
+from hf_paged.generation import speculation
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.prepared import Prepared, argument
 from hf_paged.generation.view import DECODING_METHODS, GenerativeModel
@@ -50,7 +51,7 @@ _LOOP_METHODS = (
     "_has_unfinished_sequences",
 )
 
-_METHOD_REASONS = {"_beam_search": "beam_search", "_assisted_decoding": "assisted_decoding"}
+_METHOD_REASONS = {"_beam_search": "beam_search"}
 _OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
 #: Keyword arguments of a loop that are checked one by one, or without effect there: tokenizers only serve the
 #: preparation; `labels` come from evaluation loops, and upstream takes them out again before each forward.
@@ -64,7 +65,9 @@ _LOOP_KWARGS = frozenset(
         "logits_to_keep",
         "labels",
         "tokenizer",
+        "assistant_model",  # these three are looked at where drafts are
         "assistant_tokenizer",
+        "inputs_tensor",
         *_OUTPUT_FLAGS,
     }
 )
@@ -96,8 +99,6 @@ def early_reasons(
         found.append(reason("streamer"))
     if given("synced_gpus"):
         found.append(reason("synced_gpus"))
-    if given("assistant_model") is not None:
-        found.append(reason("assisted_decoding", "assistant_model"))
     if given("negative_prompt_ids") is not None or given("negative_prompt_attention_mask") is not None:
         found.append(reason("negative_prompt"))
     # A cache of the user's is filled in place, even one that is empty.
@@ -136,10 +137,12 @@ def _overridden(model: GenerativeModel) -> Iterator[str]:
 
 def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared) -> list[FallbackReason]:
     """All reasons of a prepared call; empty when the engine serves it."""
-    if prepared.method != "_sample":
+    if prepared.method not in ("_sample", speculation.METHOD):
         code = _METHOD_REASONS.get(prepared.method)
         return [reason(code) if code else reason("hub_decoding", prepared.method)]
     found = [*_mode_reasons(prepared), *_option_reasons(prepared), *_kwargs_reasons(prepared)]
+    if prepared.method == speculation.METHOD:
+        found += speculation.speculation_reasons(engine, prepared)
     inputs = list(_input_reasons(engine, model, prepared))
     found += inputs
     if (text := sampling.unsupported(prepared.processors, prepared.criteria)) is not None:

@@ -30,7 +30,7 @@ REASONS: dict[str, str] = {
     "custom_generate": "custom_generate is given",
     "hub_decoding": "this decoding mode is not one of transformers' own loops",
     "beam_search": "beam search",
-    "assisted_decoding": "assisted decoding, prompt lookup or multi-token prediction",
+    "assisted_decoding": "a kind of assisted decoding that is not served",
     "streamer": "a streamer is given",
     "synced_gpus": "synced_gpus=True",
     "token_healing": "token_healing=True",

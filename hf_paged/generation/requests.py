@@ -13,6 +13,7 @@ from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import SamplingSpec
 from hf_paged.generation.checks import num_prompt_tokens
 from hf_paged.generation.prepared import Prepared
+from hf_paged.generation.speculation import speculation_of
 
 if TYPE_CHECKING:
     from hf_paged.engine.engine import PagedEngine
@@ -63,6 +64,7 @@ def build_call(
         priority=priority,
         run_on=outputs or rows_go_on(prepared),
         keep_kv=outputs,
+        speculation=speculation_of(prepared),
     )
     copies = config.num_return_sequences or 1
     rows = zip(ids.tolist(), num_prompt_tokens(prepared).tolist(), strict=True)

@@ -49,6 +49,13 @@ def plain() -> Any:
     return make_model("llama")
 
 
+def hooked() -> Any:
+    """A model that may not be patched."""
+    model = plain()
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output)
+    return model
+
+
 def seeded(model: Any, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     return model.generate(**({"max_new_tokens": 4} | kwargs))
@@ -56,7 +63,7 @@ def seeded(model: Any, **kwargs: Any) -> Any:
 
 CASES: dict[str, dict[str, Any]] = {
     "beam_search": {**BATCH, "num_beams": 2},
-    "assisted_decoding": {"input_ids": IDS[1:], "prompt_lookup_num_tokens": 2},
+    "assisted_decoding": {"input_ids": IDS[1:], "assistant_model": hooked()},
     "processors": {**BATCH, "logits_processor": LogitsProcessorList([Halving()]), "do_sample": True},
     "use_cache": {**BATCH, "use_cache": False},
     "cache_implementation": {**BATCH, "cache_implementation": "static"},

@@ -1,0 +1,278 @@
+"""Speculation: tokens are guessed cheaply, computed together in one step, and kept as far as they prove right.
+
+A drafter puts guesses on `Sequence.draft`. The step computes them behind the sequence's last token and gives logits
+for each, and `verify` then chooses tokens one after another, as if each had had a step of its own: with its row of
+logits, the processors and the stop rules see the very history they would have seen, and the random numbers are
+those of its position. The next row counts only if the token chosen is the one guessed. So drafts decide how fast tokens
+come and never which (docs/decisions.md says why there is no other rejection rule for sampling):
+
+    known ... t | d1 d2 d3        the step computes t and three drafts
+              a   b  c            chosen; a = d1, b = d2, c != d3: three new tokens, d3 is overwritten by what follows
+
+This is speculative decoding (Leviathan et al., 2022, arXiv 2211.17192) with each draft and each choice coupled to one
+random number (Daliri et al., 2024, arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_paged.engine.draft_policy import Acceptance, DraftPolicy
+from hf_paged.engine.request import Call, Sequence, Status
+from hf_paged.engine.sampler import Sampler
+from hf_paged.engine.scheduler import Scheduler
+from hf_paged.step import StepPlan
+
+#: Pads a finished row is given at a time, in a call that runs on.
+_MAX_PADS = 16
+
+
+class Drafter(Protocol):
+    """Guesses tokens. Only the holder of the crank calls it."""
+
+    @property
+    def seconds_a_depth(self) -> float:
+        """What one more token for every sequence costs."""
+        ...
+
+    def offer(self, sequence: Sequence, most: int) -> int:
+        """How many tokens, at most `most` (>= 1), it would draft for `sequence` now."""
+        ...
+
+    def draft(self, wanted: list[tuple[Sequence, int]]) -> dict[Sequence, BaseException]:
+        """Sets the drafts of sequences: each at most as long as wanted. Returns what went wrong, by sequence."""
+        ...
+
+    def verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None: ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """`sequence` has ended."""
+        ...
+
+
+@dataclass(eq=False)
+class Speculation:
+    """How tokens are drafted for the rows of a call (`Call.speculation`): by a drafter of its own, or by a model."""
+
+    drafter: Drafter | None = None
+    assistant_model: Any = None
+
+
+@dataclass
+class Drafting:
+    """What is remembered of a sequence (`Sequence.drafting`)."""
+
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    state: Any = None  # the drafter's
+    padding: bool = False  # it was finished before this step, and is given pads because its call runs on
+
+
+class Speculator:
+    """Drafts before a step and learns from what became of it.
+
+    Args:
+        make_assistant: the drafter that runs an assistant model; its `close` takes everything back.
+    """
+
+    def __init__(self, make_assistant: Callable[[Any], Any]) -> None:
+        self.policy = DraftPolicy()
+        self._make_assistant = make_assistant
+        self._assistants: dict[int, tuple[Any, set[Call]]] = {}  # by id of the model, which the calls hold
+        self._calls: set[Call] = set()
+        self._drafting_seconds = 0.0
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    def take_up(self, call: Call) -> None:
+        """Called for each call before its sequences are scheduled; raises what an assistant model cannot do."""
+        speculation: Speculation | None = call.speculation
+        if speculation is None:
+            return
+        if speculation.assistant_model is not None:
+            key = id(speculation.assistant_model)
+            if key not in self._assistants:
+                self._assistants[key] = (self._make_assistant(speculation.assistant_model), set())
+            speculation.drafter, users = self._assistants[key]
+            users.add(call)
+        for sequence in call.sequences:
+            sequence.drafting = Drafting()
+        self._calls.add(call)
+
+    def ended(self, call: Call) -> None:
+        """`call` has ended, in whatever way. Again does nothing."""
+        if call not in self._calls:
+            return
+        self._calls.discard(call)
+        for sequence in call.sequences:
+            call.speculation.drafter.forget(sequence)
+            sequence.drafting, sequence.draft = None, []
+        for key, (assistant, users) in list(self._assistants.items()):
+            users.discard(call)
+            if not users:
+                del self._assistants[key]
+                assistant.close()
+
+    def abandon(self) -> None:
+        """Forgets all calls and what assistant models hold, after an interrupt or in a forked child."""
+        for assistant, _ in self._assistants.values():
+            assistant.close()
+        self._assistants.clear()
+        for sequence in (s for call in self._calls for s in call.sequences):
+            sequence.drafting, sequence.draft = None, []
+        self._calls.clear()
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def propose(self, scheduler: Scheduler) -> dict[Sequence, BaseException]:
+        """Drafts for the running sequences that are next. Returns what went wrong, by sequence."""
+        if not self._calls:
+            return {}
+        start = time.perf_counter()
+        ambient = scheduler.next_ambient
+        offers: list[tuple[Sequence, int]] = []
+        num_tokens = 0
+        for sequence in scheduler.running:
+            if sequence.call.ambient != ambient:
+                continue
+            num_tokens += 1
+            if sequence.drafting is None:
+                continue
+            sequence.draft = []
+            sequence.drafting.padding = sequence.finish_reason is not None
+            if sequence.num_uncomputed != 1:
+                continue
+            if sequence.drafting.padding:
+                sequence.draft = _pads(sequence)
+            # The last token is never computed, and one comes without being drafted.
+            elif (most := sequence.max_new_tokens - sequence.num_generated - 1) > 0:
+                count = sequence.call.speculation.drafter.offer(sequence, most)
+                if count:
+                    offers.append((sequence, count))
+        failed = self._draft(offers, num_tokens, scheduler) if offers else {}
+        self._drafting_seconds = time.perf_counter() - start
+        return failed
+
+    def _draft(
+        self, offers: list[tuple[Sequence, int]], num_tokens: int, scheduler: Scheduler
+    ) -> dict[Sequence, BaseException]:
+        counts = self.policy.share(
+            num_tokens,
+            [s.drafting.acceptance for s, _ in offers],
+            [count for _, count in offers],
+            room=scheduler.max_num_batched_tokens // 2 - num_tokens,
+            seconds_a_depth=[s.call.speculation.drafter.seconds_a_depth for s, _ in offers],
+        )
+        wanted: dict[Drafter, list[tuple[Sequence, int]]] = {}
+        for (sequence, _), count in zip(offers, counts, strict=True):
+            sequence.draft = sequence.draft[:count]
+            if count:
+                wanted.setdefault(sequence.call.speculation.drafter, []).append((sequence, count))
+            else:
+                sequence.drafting.acceptance.pause()
+        failed: dict[Sequence, BaseException] = {}
+        for drafter, part in wanted.items():
+            try:
+                failed |= drafter.draft(part)
+            except Exception as error:  # the assistant's forward: whoever wanted it to draft is concerned
+                failed |= {sequence: error for sequence, _ in part}
+        return failed
+
+    def verify(
+        self,
+        plan: StepPlan,
+        logits: Tensor,
+        sampler: Sampler,
+        scheduler: Scheduler,
+        append: Callable[[list[Sequence], list[int | BaseException]], None],
+    ) -> tuple[int, int]:
+        """Goes on behind the first new token of each sequence of `plan`, as long as drafts prove right.
+
+        Args:
+            logits: [R, V] of the step.
+            append: takes new tokens in, one a sequence: appends them and ends sequences, which then go no further.
+
+        Returns:
+            How many tokens had been drafted, and how many of them were right.
+        """
+        rows = _Rows(logits, sampler)
+        going: list[tuple[Sequence, list[int], int]] = []  # with its drafts and the row of its last token
+        row = 0
+        for i, count in zip(plan.sample_indices, plan.logits_counts, strict=True):
+            if count > 1:
+                sequence = plan.sequences[i]
+                going.append((sequence, sequence.draft[: count - 1], row))
+            row += count
+        drafted = {sequence: len(draft) for sequence, draft, _ in going}
+        accepted = dict.fromkeys(drafted, 0)
+        padded = {s for s in drafted if s.drafting is not None and s.drafting.padding}
+        depth = 0
+        while True:
+            going = [
+                (sequence, draft, row)
+                for sequence, draft, row in going
+                if depth < len(draft)
+                and sequence.status is Status.RUNNING
+                and (sequence.finish_reason is None or sequence in padded)
+                and sequence.token_ids[-1] == draft[depth]
+            ]
+            if not going:
+                break
+            sequences = [sequence for sequence, _, _ in going]
+            scheduler.accept(sequences)
+            for sequence in sequences:
+                accepted[sequence] += 1
+            depth += 1
+            append(sequences, rows.choose([row + depth for _, _, row in going], sequences))
+        for sequence in padded:
+            del drafted[sequence]
+        self._learn(drafted, accepted)
+        return sum(drafted.values()), sum(accepted[sequence] for sequence in drafted)
+
+    def _learn(self, drafted: dict[Sequence, int], accepted: dict[Sequence, int]) -> None:
+        for sequence, num_drafted in drafted.items():
+            if sequence.drafting is None or sequence.finish_reason is not None:
+                continue  # what came after its end says nothing of its drafts
+            self.policy.learn(sequence.drafting.acceptance, num_drafted, accepted[sequence])
+            sequence.call.speculation.drafter.verified(sequence, num_drafted, accepted[sequence])
+
+    def stepped(self, plan: StepPlan, seconds: float) -> None:
+        """A step took so long, drafting included."""
+        drafts = plan.num_drafts or [0] * len(plan.sequences)
+        if self._calls and all(c - d == 1 for c, d in zip(plan.num_scheduled_tokens, drafts, strict=True)):
+            self.policy.step_times.observe(plan.num_tokens, seconds - self._drafting_seconds)
+
+
+class _Rows:
+    """The rows of logits of a step, chosen from in several goes."""
+
+    def __init__(self, logits: Tensor, sampler: Sampler) -> None:
+        self._logits = logits
+        self._sampler = sampler
+        self._most_probable: list[int] | None = None
+
+    def choose(self, rows: list[int], sequences: list[Sequence]) -> list[int | BaseException]:
+        """The next token of each sequence by its row, or the exception its call fails with."""
+        with sequences[0].call.ambient.enter():
+            if all(s.call.sampling.plain and s.finish_reason is None for s in sequences):
+                # One pass over all rows: a pass for each depth would cost more in calls than it saves in rows.
+                if self._most_probable is None:
+                    self._most_probable = self._sampler.most_probable(self._logits)
+                return [self._most_probable[row] for row in rows]
+            return self._sampler.sample(
+                self._logits[torch.tensor(rows, device=self._logits.device)], sequences
+            )
+
+
+def _pads(sequence: Sequence) -> list[int]:
+    """What a finished row will be given next, as far as its call has come for now."""
+    spec = sequence.call.sampling
+    if not spec.has_eos or spec.pad_token_id is None:
+        return []
+    count = sequence.call.run_on_width - sequence.num_generated - 1
+    return [spec.pad_token_id] * max(0, min(count, _MAX_PADS))
