@@ -43,8 +43,11 @@ def split_ints(option: str, value: str) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
-def load_adapters(model: Any, values: Sequence[str]) -> list[str]:
-    """Loads the PEFT checkpoints of `--adapter NAME=PATH` options; the first one is active after.
+def load_adapters(model: Any, values: Sequence[str], *, activate: bool = True) -> list[str]:
+    """Loads the PEFT checkpoints of `--adapter NAME=PATH` options.
+
+    Args:
+        activate: whether the first one is active after.
 
     Returns:
         The names, in the order given. "__base__" without a path stands for the model without adapters.
@@ -62,7 +65,8 @@ def load_adapters(model: Any, values: Sequence[str]) -> list[str]:
                 raise ValueError(f"--adapter {value}: must be NAME=PATH, or __base__")
             load_adapter(model, path, name)
         names.append(name)
-    if own := [name for name in names if name != "__base__"]:
+    own = [name for name in names if name != "__base__"]
+    if own and activate:
         model.set_adapter(own[0])
     return names
 

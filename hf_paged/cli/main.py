@@ -9,6 +9,7 @@ from hf_paged.cli.compare import compare
 from hf_paged.cli.env import env
 from hf_paged.cli.generate import generate
 from hf_paged.cli.run import SETTINGS, run
+from hf_paged.cli.serve import serve
 
 app = typer.Typer(
     name="hf-paged",
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(compare)
 app.command()(bench)
 app.command()(generate)
+app.command()(serve)
 app.command(context_settings=SETTINGS)(run)
 app.command()(env)
 

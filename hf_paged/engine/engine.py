@@ -7,6 +7,7 @@ the step loop, its scheduler and its pool (`hf_paged.engine.loop`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
@@ -82,22 +83,25 @@ class PagedEngine:
         """The calling thread's ambient state, for `Call.ambient`."""
         return Ambient.capture(self._loop.ready().device.type)
 
-    def namespaces(self, selections: Iterable[Selection | None]) -> dict[Selection | None, bytes]:
+    def namespaces(
+        self, selections: Iterable[Selection | None], salt: str = ""
+    ) -> dict[Selection | None, bytes]:
         """The prefix-cache namespaces of calls made now: weights as they are, adapters and salt.
 
         When the base weights changed since the last call every cached prefix is dropped.
 
         Args:
             selections: of the sequences; None for what no selection can say.
+            salt: prefixes are only shared between calls of one salt, besides `cache_salt` of the config.
         """
         version = weights_version(self.model)
         if version != self._weights:
             if self._weights is not None:
                 self.invalidate()
             self._weights = version
-        salt = repr(self.config.cache_salt).encode()
+        salts = repr((self.config.cache_salt, salt)).encode()
         return {
-            s: b"\0".join((version, adapters_version(self.model, None if s is None else s.names), salt))
+            s: b"\0".join((version, adapters_version(self.model, None if s is None else s.names), salts))
             for s in set(selections)
         }
 
@@ -143,6 +147,21 @@ class PagedEngine:
     @property
     def is_idle(self) -> bool:
         return not self._loop.calls and self._crank.is_idle
+
+    def trouble(self, stalled_after: float | None = None) -> str | None:
+        """Why the engine does not work as things stand; None if nothing is known against it.
+
+        Args:
+            stalled_after: seconds after which a running step counts as hanging; None for never.
+        """
+        if self._closed:
+            return "the model is not enabled any more"
+        started, failure = self._loop.step_started, self._loop.failure
+        if started is not None and stalled_after is not None:
+            seconds = time.perf_counter() - started
+            if seconds > stalled_after:
+                return f"a step has been running for {seconds:.0f} s"
+        return None if failure is None else f"the last step failed ({type(failure).__name__})"
 
     def _check(self, call: Call) -> None:
         if self._closed:

@@ -51,6 +51,8 @@ class StepLoop:
         self.assistants: AssistantHost = NoAssistants()  # set by `enable`
         self.speculator = Speculator(lambda model: Assistant(model, self.assistants, config))
         self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)
+        self.failure: BaseException | None = None  # what the last step or the turning of it failed with
+        self.step_started: float | None = None  # `perf_counter()` while the model runs
 
     @property
     def model(self) -> nn.Module:
@@ -84,8 +86,7 @@ class StepLoop:
             runtime = self.ready()
             self.speculator.take_up(call)
         except Exception as error:
-            call.error = error
-            call.done.set()
+            self._end(call, error)
             return
         self.calls[call] = None
         self.counters.requests += len(call.sequences)
@@ -114,14 +115,17 @@ class StepLoop:
         for seq in plan.sequences:
             if seq.call.first_scheduled_at is None:
                 seq.call.first_scheduled_at = now
+        self.step_started = now
         try:
             logits = self._forward(runtime, plan)
         except Exception as error:
+            self.failure, self.step_started = error, None
             if not self._fail_lost(plan):
                 self.fail(dict.fromkeys(s.call for s in plan.sequences), error)
             return
         if self._fail_lost(plan):
             return  # the others' tokens are planned again
+        self.failure, self.step_started = None, None
         runtime.stepped()
         runtime.scheduler.advance(plan)
         self.counters.count_step(runtime.scheduler, len(plan.sequences))
@@ -254,7 +258,13 @@ class StepLoop:
             self._complete(call)
 
     def fail_all(self, error: BaseException) -> None:
-        self.fail(list(self.calls), error)
+        """Ends every call with `error`, which is a defect of the engine, or why it ends."""
+        self.failure, self.step_started = error, None
+        calls = list(self.calls)
+        try:
+            self.fail(calls, error)
+        except BaseException:  # not even that works: the bookkeeping is broken, and nobody may wait for ever
+            self.abandon(calls, error)
 
     def abandon(self, calls: SequenceOf[Call], error: BaseException) -> None:
         """After an interrupt anywhere in a step: starts from an empty runtime, since bookkeeping may be half-done.
@@ -274,10 +284,20 @@ class StepLoop:
                 seq.status = Status.WAITING
         for call in calls:
             if not call.done.is_set():
-                call.error = error
-                call.done.set()
+                self._end(call, error)
         for other in others:
             self._restart(other)
+
+    @staticmethod
+    def _end(call: Call, error: BaseException) -> None:
+        """Ends a call that the scheduler does not know, or does not know any more."""
+        call.error = error
+        call.finished_at = time.perf_counter()
+        try:
+            if call.on_finish is not None:
+                call.on_finish(call)
+        finally:
+            call.done.set()
 
     def restart_empty(self) -> None:
         """In a forked child: the parent's calls are not ours."""

@@ -103,12 +103,12 @@ class Sampler:
 
         `logits` [n, vocab] float32 is this group's own.
         """
-        scores = _process(logits, sequences, errors)
+        scores = _process(_edited(logits, sequences, errors), sequences, errors)
         if sequences[0].call.sampling.do_sample:
             tokens = self._argmax_rows(_divided_by_draws(scores, sequences, errors)).tolist()
         else:
             tokens = self._argmax_rows(scores.contiguous()).tolist()
-        recording: list[int] = []
+        recording: dict[bool, list[int]] = {}
         for i, sequence in enumerate(sequences):
             spec: SamplingSpec = sequence.call.sampling
             if spec.output_scores:
@@ -116,10 +116,25 @@ class Sampler:
             if spec.output_logits:
                 spec.logits[sequence.row].append(logits[i].clone())
             if spec.logprobs is not None:
-                recording.append(i)
-        if recording:
-            _record_logprobs(scores, sequences, tokens, recording)
+                recording.setdefault(spec.raw_logprobs, []).append(i)
+        for raw, rows in recording.items():
+            _record_logprobs(logits if raw else scores, sequences, tokens, rows)
         return tokens
+
+
+def _edited(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> Tensor:
+    """`logits` [n, vocab] after the edits that requests have of their own; `errors` gets what these raised."""
+    editing = [i for i, sequence in enumerate(sequences) if sequence.call.sampling.edit is not None]
+    if not editing:
+        return logits
+    logits = logits.clone()
+    for i in editing:
+        sequence = sequences[i]
+        try:
+            sequence.call.sampling.edit(sequence.generated_ids, logits[i])
+        except Exception as error:
+            errors.setdefault(sequence.call, error)
+    return logits
 
 
 def _process(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> Tensor:

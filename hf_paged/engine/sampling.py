@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,18 @@ class TokenLogprobs:
     top: list[tuple[int, float]]  # (token id, log-probability), the most probable first
 
 
+class LogitsEdit(Protocol):
+    """What a request changes of its own logits before the processors see them: a grammar's mask, a bias a token.
+
+    Runs in the thread that turns the engine, once for each new token of its one row, so it must be quick. What
+    it raises fails its request only.
+    """
+
+    def __call__(self, generated: list[int], logits: Tensor) -> None:
+        """Edits `logits`, float32 [vocab], in place; `generated` are the new tokens so far, not to be kept."""
+        ...
+
+
 @dataclass(eq=False)
 class SamplingSpec:
     """Shared by all rows of a call.
@@ -41,6 +53,8 @@ class SamplingSpec:
         draws: the random numbers of a call that samples; None if it does not.
         pad_token_id: what finished rows of a call that runs on get, if a criterion knows an end of sequence.
         logprobs: None for none, or how many of the most probable tokens to record besides the chosen one.
+        raw_logprobs: take them from the model's logits, not from what edit and processors made of them.
+        edit: changes the logits of the only row before the processors.
     """
 
     prompt_ids: Tensor
@@ -52,6 +66,8 @@ class SamplingSpec:
     output_scores: bool = False
     output_logits: bool = False
     logprobs: int | None = None
+    raw_logprobs: bool = False
+    edit: LogitsEdit | None = None
 
     #: Records, [row][step]: float32 [vocab] on the device of the model; `token_logprobs` plain numbers.
     scores: list[list[Tensor]] = field(init=False)
@@ -76,6 +92,8 @@ class SamplingSpec:
         if reason := unsupported(self.processors, self.criteria):
             raise ValueError(f"cannot be run row by row: {reason}")
         self.num_rows, self.prompt_width = self.prompt_ids.shape
+        if self.edit is not None and self.num_rows != 1:
+            raise ValueError(f"edit needs a call of one row, not {self.num_rows}")
         self.scores = [[] for _ in range(self.num_rows)]
         self.logits = [[] for _ in range(self.num_rows)]
         self.token_logprobs = [[] for _ in range(self.num_rows)]
@@ -86,6 +104,7 @@ class SamplingSpec:
             or self.output_scores
             or self.output_logits
             or self.logprobs is not None
+            or self.edit is not None
         )
         self.signature = rules.Signature(self.do_sample, rules.signature(self.processors))
         self.processors = rules.prepare(self.processors)

@@ -19,6 +19,7 @@ from hf_paged.generation.view import GenerativeModel
 
 if TYPE_CHECKING:
     from hf_paged.engine.engine import PagedEngine
+    from hf_paged.engine.sampling import LogitsEdit
 
 
 class EngineClient:
@@ -27,6 +28,22 @@ class EngineClient:
     def __init__(self, model: GenerativeModel, engine: PagedEngine) -> None:
         self._model = model
         self._engine = engine
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens, prompt and new ones, that a request can have: by the KV cache, and by the positions."""
+        limits = [self._engine.capacity_tokens(), self._engine.position_limit, self._engine.rope_limit]
+        return min(limit for limit in limits if limit is not None)
+
+    def trouble(self, stalled_after: float | None = None) -> str | None:
+        """Why the engine does not work as things stand; None if nothing is known against it.
+
+        A failed step is held against it until one succeeds: submit a short request to find out.
+
+        Args:
+            stalled_after: seconds after which a running step counts as hanging; None for never.
+        """
+        return self._engine.trouble(stalled_after)
 
     def submit(
         self,
@@ -37,6 +54,9 @@ class EngineClient:
         seed: int | None = None,
         logprobs: int | None = None,
         tokenizer: Any = None,
+        raw_logprobs: bool = False,
+        logits_edit: LogitsEdit | None = None,
+        cache_salt: str = "",
         **kwargs: Any,
     ) -> RequestHandle:
         """Starts generating for one prompt and returns at once.
@@ -51,6 +71,10 @@ class EngineClient:
                 the global generator, so that requests submitted in equal order after one `set_seed` repeat.
             logprobs: report each new token's log-probability and those of this many likeliest tokens.
             tokenizer: needed with `stop_strings`.
+            raw_logprobs: take log-probabilities from the model's logits, before penalties, temperature and cuts.
+            logits_edit: called with (the new tokens so far, the next logits [vocab]) to edit those in place before
+                all processors; in the engine's thread, so it must be quick. What it raises fails this request.
+            cache_salt: cached prefixes are only shared between requests of one salt.
 
         Raises:
             InvalidRequestError: the request is malformed, refused by upstream's own checks, or can never fit.
@@ -76,6 +100,9 @@ class EngineClient:
             [selection],
             draws=draws,
             logprobs=logprobs,
+            raw_logprobs=raw_logprobs,
+            edit=logits_edit,
+            namespaces=self._engine.namespaces([selection], cache_salt),
             priority=priority,
             outputs=False,
         )

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from hf_paged.generation.results import GenerationResult, RequestMetrics, result_of
@@ -15,6 +16,7 @@ from hf_paged.generation.results import GenerationResult, RequestMetrics, result
 if TYPE_CHECKING:
     from hf_paged.engine.engine import PagedEngine
     from hf_paged.engine.request import Call, Sequence
+    from hf_paged.engine.sampling import TokenLogprobs
 
 __all__ = ["GenerationResult", "RequestHandle", "RequestMetrics"]
 
@@ -24,6 +26,7 @@ class RequestHandle:
 
     for token in handle: ...            # token ids as they come; each iteration starts at the first one
     async for token in handle: ...
+    async for tokens in handle.updates(): ...   # those that came together in one list
     result = handle.result(timeout=60)  # or: result = await handle
     handle.cancel()
     """
@@ -36,7 +39,8 @@ class RequestHandle:
         self.token_times: list[float] = []
         self._ended = False
         self._changed = threading.Condition()
-        self._watchers: list[Callable[[], object]] = []
+        self._watchers: list[Callable[[], object]] = []  # woken by each change
+        self._enders: list[Callable[[], object]] = []  # woken by the end
 
     def start(self, call: Call) -> None:
         """Hands `call` to the engine. Once, by whoever made the handle."""
@@ -68,6 +72,15 @@ class RequestHandle:
                 raise TimeoutError(f"the request has not ended within {timeout} s")
         return self._outcome()
 
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of the new tokens so far, if they were asked for; grows while the request runs, not to be changed."""
+        return self._started.sampling.token_logprobs[0]
+
+    def partial(self) -> GenerationResult:
+        """What there is now, also of a request that runs, failed or was cancelled."""
+        return result_of(self._started)
+
     def cancel(self) -> None:
         """Ends the request at the next step and gives its blocks back. Does nothing if it has ended."""
         if not self._ended:
@@ -89,15 +102,22 @@ class RequestHandle:
 
     async def __aiter__(self) -> AsyncIterator[int]:
         """As `__iter__`, without blocking the event loop."""
-        seen = 0
-        async for ended in self._changes():
-            new = self._tokens[seen:]
-            seen += len(new)
-            for token in new:
+        async for tokens in self.updates():
+            for token in tokens:
                 yield token
-            if ended:
-                self._outcome()
-                return
+
+    async def updates(self) -> AsyncGenerator[list[int], None]:
+        """Token ids as they come, those of one moment in one list. Raises at the end what the request failed with."""
+        seen = 0
+        async with aclosing(self._changes(self._watchers)) as changes:
+            async for ended in changes:
+                new = self._tokens[seen:]
+                seen += len(new)
+                if new:
+                    yield new
+                if ended:
+                    self._outcome()
+                    return
 
     def __await__(self) -> Generator[Any, None, GenerationResult]:
         """The result, as `result()` gives it."""
@@ -107,23 +127,29 @@ class RequestHandle:
     # -------------------------------------------------------------------------------------------------------
 
     async def _await(self) -> GenerationResult:
-        async for ended in self._changes():
-            if ended:
-                break
+        async with aclosing(self._changes(self._enders)) as changes:
+            async for ended in changes:
+                if ended:
+                    break
         return self._outcome()
 
-    async def _changes(self) -> AsyncIterator[bool]:
-        """Whether the request has ended: once now, then after each change, until it has."""
+    async def _changes(self, watchers: list[Callable[[], object]]) -> AsyncGenerator[bool, None]:
+        """Whether the request has ended: once now, then whenever `watchers` are woken, until it has."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
+        called = False  # changes before the event loop comes to look cost it one call
 
         def wake() -> None:
-            loop.call_soon_threadsafe(event.set)
+            nonlocal called
+            if not called:
+                called = True
+                loop.call_soon_threadsafe(event.set)
 
         with self._changed:
-            self._watchers.append(wake)
+            watchers.append(wake)
         try:
             while True:
                 event.clear()
+                called = False
                 ended = self._ended
                 yield ended
                 if ended:
@@ -131,7 +157,7 @@ class RequestHandle:
                 await event.wait()
         finally:
             with self._changed:
-                self._watchers.remove(wake)
+                watchers.remove(wake)
 
     @property
     def _started(self) -> Call:
@@ -147,16 +173,17 @@ class RequestHandle:
         with self._changed:
             self._tokens.append(token)
             self.token_times.append(time.perf_counter())
-            self._notify()
+            self._notify(self._watchers)
 
     def _on_finish(self, call: Call) -> None:
         with self._changed:
             self._ended = True
-            self._notify()
+            self._notify(self._watchers)
+            self._notify(self._enders)
 
-    def _notify(self) -> None:
+    def _notify(self, watchers: list[Callable[[], object]]) -> None:
         self._changed.notify_all()
-        for wake in self._watchers:
+        for wake in watchers:
             try:
                 wake()
             except RuntimeError:

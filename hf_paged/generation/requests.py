@@ -10,7 +10,7 @@ from transformers import MaxLengthCriteria
 from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import Draws, LockstepDraws
 from hf_paged.engine.request import Call
-from hf_paged.engine.sampling import SamplingSpec
+from hf_paged.engine.sampling import LogitsEdit, SamplingSpec
 from hf_paged.generation.checks import num_prompt_tokens
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.speculation import speculation_of
@@ -26,6 +26,8 @@ def build_call(
     *,
     draws: Draws | None = None,
     logprobs: int | None = None,
+    raw_logprobs: bool = False,
+    edit: LogitsEdit | None = None,
     namespaces: Mapping[Selection | None, bytes] | None = None,
     priority: int = 0,
     outputs: bool = True,
@@ -37,6 +39,7 @@ def build_call(
         draws: random numbers of a sampled call; by default the global generator's, in upstream's order.
         namespaces: from `engine.namespaces`, for many calls at one moment; by default as of now.
         logprobs: how many of the likeliest tokens to report beside the chosen one; None for none.
+        raw_logprobs, edit: see `SamplingSpec`.
         outputs: respect `return_dict_in_generate` of the prepared config: record scores and logits, keep the
             blocks, and let finished rows go on with pads as upstream does, for its scores and its cache.
     """
@@ -55,6 +58,8 @@ def build_call(
         output_scores=bool(outputs and config.output_scores),
         output_logits=bool(outputs and config.output_logits),
         logprobs=logprobs,
+        raw_logprobs=raw_logprobs,
+        edit=edit,
     )
     namespaces = engine.namespaces(adapters) if namespaces is None else namespaces
     call = Call(

@@ -30,6 +30,7 @@ class GenerationResult:
         finish_reason: "stop", "length", "timeout", "cancelled" or "error".
         error: what went wrong, with "error" and "cancelled"; `token_ids` are those made before.
         prompt_length: tokens of the prompt.
+        cached_length: those of them that were found in the prefix cache.
         logprobs: for each new token its log-probability and the likeliest ones, if they were asked for.
         metrics: times of this request.
     """
@@ -40,6 +41,7 @@ class GenerationResult:
     prompt_length: int = 0
     logprobs: list[TokenLogprobs] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    cached_length: int = 0
 
 
 def result_of(call: Call) -> GenerationResult:
@@ -58,6 +60,7 @@ def result_of(call: Call) -> GenerationResult:
             _since(call, call.first_token_at),
             _since(call, call.finished_at),
         ),
+        cached_length=sequence.num_cached_prompt,
     )
 
 

@@ -1,0 +1,116 @@
+"""From token ids to text as they come, and where the text stops.
+
+Decoding is tokenizers' `DecodeStream`; here is what it leaves to its caller: the bytes that are still incomplete when a
+request ends, and stop strings, which may begin in one token and end in another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+#: Tokens of context that the first new token is decoded in: enough for any character, and for the space before a word.
+_CONTEXT = 8
+
+
+class TokenText:
+    """The text of one stream of tokens, piece by piece: all pieces together are the text, whatever the pieces.
+
+    Args:
+        tokenizer: the `tokenizers.Tokenizer` behind the model's.
+        prompt: the tokens before the first.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int], skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._window = list(prompt[-_CONTEXT:])  # context of what is pending
+        self._pending: list[int] = []  # tokens whose text did not come yet
+        self._stream = DecodeStream(ids=self._window, skip_special_tokens=skip_special_tokens)
+
+    def push(self, token: int) -> str:
+        """The text that is complete with `token`; it may be empty."""
+        self._pending.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception:
+            # The decoder rewrote text it had given out (tokenizers says "invalid prefix"): begins anew here.
+            text = self.flush()
+            self._stream = DecodeStream(ids=self._window, skip_special_tokens=self._skip)
+            return text
+        if text is None:
+            return ""
+        self._forget_pending()
+        return text
+
+    def flush(self) -> str:
+        """The text of what is pending, though it may be an incomplete character."""
+        before = self._decode(self._window)
+        after = self._decode(self._window + self._pending)
+        text = after[len(before) :] if after.startswith(before) else self._decode(self._pending)
+        self._forget_pending()
+        return text
+
+    def flush_if_pending(self) -> str:
+        """As `flush`; empty where every token's text has come."""
+        return self.flush() if self._pending else ""
+
+    def _forget_pending(self) -> None:
+        self._window = (self._window + self._pending)[-_CONTEXT:]
+        self._pending = []
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
+
+
+class StopScanner:
+    """Lets text through up to the first stop string, holding back what may be the beginning of one.
+
+    Args:
+        stops: non-empty texts.
+        include: whether the stop string itself is let through.
+    """
+
+    def __init__(self, stops: tuple[str, ...], include: bool = False) -> None:
+        self._stops = stops
+        self._include = include
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, text: str, *, look: bool = True) -> str:
+        """What may be shown now.
+
+        Args:
+            look: False while the text must not stop yet; then nothing of it is looked at, later either.
+        """
+        if not self._stops or not text:
+            return text
+        if not look:
+            text, self._held = self._held + text, ""
+            return text
+        text = self._held + text
+        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, _, stop = min(found)
+            self.stopped_by, self._held = stop, ""
+            return text[: at + len(stop)] if self._include else text[:at]
+        kept = self._longest_beginning(text)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def flush(self) -> str:
+        """What was held back, when nothing more comes."""
+        text, self._held = self._held, ""
+        return text
+
+    def _longest_beginning(self, text: str) -> int:
+        """Characters at the end of `text` that a stop string begins with."""
+        longest = 0
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
