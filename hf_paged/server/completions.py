@@ -89,8 +89,8 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     """The prompts one by one, as texts or token ids."""
     prompt = body.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    return list(prompt)  # type: ignore[arg-type]
+        return [prompt]
+    return list(prompt)
 
 
 def _encode(served: ServedModel, body: CompletionRequest, texts: list[str | list[int]]) -> list[list[int]]:
