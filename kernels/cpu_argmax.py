@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_paged.kernels.cpu_runtime import in_forked_child, is_loading, kernel_module, launch, num_bins
+from hf_paged.kernels.cpu_runtime import is_loading, kernel_module, launch, num_bins
 
 __all__ = ["argmax_rows"]
 
@@ -24,7 +24,7 @@ def argmax_rows(logits: Tensor) -> Tensor:
     """
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"argmax_rows: logits of shape {tuple(logits.shape)}; expected [R, V] with V >= 1")
-    kernels = None if in_forked_child() or is_loading(logits.dtype) else kernel_module("cpu_argmax_kernel")
+    kernels = None if is_loading(logits.dtype) else kernel_module("cpu_argmax_kernel")
     tag = None if kernels is None else kernels.dtype_tag(logits.dtype)
     if tag is None or logits.device.type != "cpu":
         return torch.argmax(logits, dim=-1)
@@ -32,13 +32,6 @@ def argmax_rows(logits: Tensor) -> Tensor:
         logits = logits.contiguous()
     indices = torch.empty(logits.shape[0], dtype=torch.int64)
     bins = min(num_bins(logits.numel() * logits.element_size()), max(1, logits.shape[0]))
-    launch(
-        kernels.argmax_rows_parallel,
-        bins,
-        logits.data_ptr(),
-        logits.stride(0),
-        logits.shape[1],
-        indices.numpy(),
-        tag,
-    )
+    arguments = (logits.data_ptr(), logits.stride(0), logits.shape[1], indices.data_ptr(), logits.shape[0])
+    launch(kernels.argmax_part(logits.dtype), bins, arguments)
     return indices

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from hf_paged.kernels.cpu_jit import dtype_tag, entry, helper, item_bytes, load, ordered_bits
+from hf_paged.kernels.cpu_jit import dtype_tag, entry, helper, kernel_by_dtype
+from hf_paged.kernels.cpu_memory import argument, item_bytes, load, ordered_bits, store_i64
 
-__all__ = ["argmax_rows_parallel", "dtype_tag"]
+__all__ = ["argmax_part", "dtype_tag"]
 
 #: Numbers looked at before the search for the index of a new maximum: small enough to still be in the cache then.
 _BLOCK = 4096
 
 
-@helper()
+@helper(inline="always")
 def _argmax(row, size, tag):
     best = np.int32(-0x80000000)
     best_block = 0
@@ -23,17 +23,24 @@ def _argmax(row, size, tag):
             top = max(top, ordered_bits(load(row, i, tag)))
         if top > best:
             best, best_block = top, begin
-    for i in range(best_block, size):
-        if ordered_bits(load(row, i, tag)) == best:
-            return i
-    return 0
+    i = best_block
+    while i + 1 < size and ordered_bits(load(row, i, tag)) != best:
+        i += 1
+    return i
 
 
-@entry(parallel=True)
-def argmax_rows_parallel(bins, logits, stride, size, indices, tag):
-    """indices[r] = argmax of the `size` numbers from logits[r * stride] on. indices: [R] int64."""
-    rows = indices.shape[0]
-    for index in prange(bins):
-        part = np.int64(index)
-        for row in range(rows * part // bins, rows * (part + 1) // bins):
-            indices[row] = _argmax(logits + row * stride * item_bytes(tag), size, tag)
+@kernel_by_dtype
+def argmax_part(tag):
+    """indices[r] = argmax of the `size` numbers from logits[r * stride] on, for a part of the rows.
+
+    Arguments: logits, stride, size; indices ([R] int64), R.
+    """
+
+    @entry()
+    def kernel(index, bins, arguments):
+        logits, stride, size = argument(arguments, 0), argument(arguments, 1), argument(arguments, 2)
+        indices, rows = argument(arguments, 3), argument(arguments, 4)
+        for row in range(rows * index // bins, rows * (index + 1) // bins):
+            store_i64(indices, row, _argmax(logits + row * stride * item_bytes(tag), size, tag))
+
+    return kernel

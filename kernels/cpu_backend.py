@@ -22,9 +22,11 @@ from torch import Tensor
 
 from hf_paged.kernels import reference
 from hf_paged.kernels.cpu_argmax import argmax_rows
+from hf_paged.kernels.cpu_norm import rms_norm
 from hf_paged.kernels.cpu_paged_prefill import LongQueries, attend_long_queries, group_long_queries
+from hf_paged.kernels.cpu_rope import rotate
 from hf_paged.kernels.cpu_runtime import (
-    in_forked_child,
+    float_bits,
     is_loading,
     kernel_module,
     launch,
@@ -38,22 +40,21 @@ __all__ = ["copy_blocks", "load_kernels", "paged_attention", "store_kv"]
 
 #: Queries up to this long are attended token by token: measured against SDPA, with cached tokens and without.
 _MAX_ROW_QUERY, _MAX_ROW_PROMPT = 16, 32
-_NO_SINKS = np.empty(0, np.float32)
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """See `hf_paged.kernels.ops.store_kv`."""
-    tag = None if in_forked_child() else _tag(k_cache.dtype)
-    if tag is None:
+    if _tag(k_cache.dtype) is None:
         reference.store_kv(key, value, k_cache, v_cache, slot_mapping)
         return
     kernels: Any = kernel_module("cpu_store_kv")
-    key, value = key.to(k_cache.dtype), value.to(k_cache.dtype)
+    key, value, slots = key.to(k_cache.dtype), value.to(k_cache.dtype), slot_mapping.contiguous()
     bins = num_bins(4 * key.numel() * key.element_size())
-    launch(
-        kernels.store_rows_parallel, bins, *_address(key), *_address(value), k_cache.data_ptr(), v_cache.data_ptr(),
-        k_cache.shape[2], k_cache.shape[3], slot_mapping.numpy(), tag,
+    arguments = (
+        *_address(key), *_address(value), k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[2], k_cache.shape[3],
+        slots.data_ptr(), key.shape[0],
     )  # fmt: skip
+    launch(kernels.store_rows(k_cache.dtype), bins, arguments)
 
 
 def paged_attention(
@@ -108,9 +109,14 @@ class _Step:
     has_stray_tokens: bool  # tokens after those of the last sequence
     block_tables: np.ndarray  # [S, M] int32
     slot_mapping: np.ndarray  # [T] int64
+    rows_address: int
+    tables_address: int
+    slots_address: int
     masks: dict[Any, Tensor] = field(default_factory=dict)
-    #: sliding window -> [R + 1] int64 prefix sum of tiles
-    starts: dict[int, np.ndarray] = field(default_factory=dict)
+    #: sliding window -> [R + 1] int64 prefix sum of tiles, and its address
+    starts: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
+    #: (bins, numbers of a state) -> states and owners of cut rows, and their addresses
+    cut: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, int, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, metadata: PagedMetadata, *, has_kernels: bool) -> _Step:
@@ -133,7 +139,9 @@ class _Step:
                 rows.append(part)
             token += query_len
         only_decodes = len(rows) == 1 or all(len(part) == 0 for part in rows[1:])
-        table = np.concatenate(rows)
+        table = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        block_tables = np.ascontiguousarray(metadata.block_tables.numpy())
+        slot_mapping = np.ascontiguousarray(metadata.slot_mapping.numpy())
         return cls(
             rows=table,
             num_rows=len(table),
@@ -141,17 +149,31 @@ class _Step:
             stored_from=decodes if only_decodes else 0,
             groups=group_long_queries(query_lens, seq_lens, is_long),
             has_stray_tokens=token < metadata.slot_mapping.shape[0],
-            block_tables=np.ascontiguousarray(metadata.block_tables.numpy()),
-            slot_mapping=np.ascontiguousarray(metadata.slot_mapping.numpy()),
+            block_tables=block_tables,
+            slot_mapping=slot_mapping,
+            rows_address=table.ctypes.data,
+            tables_address=block_tables.ctypes.data,
+            slots_address=slot_mapping.ctypes.data,
         )
 
-    def row_starts(self, window: int, tile: int) -> np.ndarray:
+    def row_starts(self, window: int, tile: int) -> int:
         if window not in self.starts:
             ends = self.rows[:, 2].astype(np.int64)
             begins = np.maximum(0, ends - window) if window else np.zeros_like(ends)
             tiles = np.maximum(1, -(-ends // tile) - begins // tile)
-            self.starts[window] = np.concatenate([np.zeros(1, np.int64), np.cumsum(tiles)])
-        return self.starts[window]
+            starts = np.zeros(len(tiles) + 1, np.int64)
+            np.cumsum(tiles, out=starts[1:])
+            self.starts[window] = starts, starts.ctypes.data
+        return self.starts[window][1]
+
+    def cut_rows(self, bins: int, state_size: int) -> tuple[int, int]:
+        """Addresses of the states and the owners of rows that bins cut; 0 where there is one bin."""
+        if bins == 1:
+            return 0, 0
+        if (bins, state_size) not in self.cut:
+            states, owners = np.empty((2 * bins, state_size), np.float32), np.full(2 * bins, -1, np.int64)
+            self.cut[bins, state_size] = states, owners, states.ctypes.data, owners.ctypes.data
+        return self.cut[bins, state_size][2:]
 
 
 def _attend_rows(
@@ -179,19 +201,22 @@ def _attend_rows(
         key, value = key.to(dtype), value.to(dtype)
         new_kv = (*_address(key), *_address(value))
     _, block_size, kv_heads, head_size = k_cache.shape
-    window = sliding_window or 0
+    heads, window = query.shape[1], sliding_window or 0
+    bins = num_bins(2 * step.num_keys * kv_heads * head_size * k_cache.element_size())
+    states, owners = step.cut_rows(bins, heads * (head_size + 2))
+    starts = step.row_starts(window, kernels.TILE)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
     arguments = (
         *_address(wide_query), *new_kv, wide_output.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        block_size, kv_heads, query.shape[1] // kv_heads, head_size,
-        step.rows, step.row_starts(window, kernels.TILE), step.block_tables, step.slot_mapping, window,
-        np.float32(scale), np.float32(softcap or 0.0), _NO_SINKS if sinks is None else sinks.float().numpy(),
-        _tag(wide_query.dtype), _tag(dtype),
+        block_size, kv_heads, heads // kv_heads, head_size,
+        step.rows_address, step.num_rows, starts, step.tables_address, step.block_tables.shape[1],
+        step.slots_address, window, states, owners, 0 if sinks is None else sinks.data_ptr(),
+        float_bits(scale), float_bits(softcap or 0.0), bins,
     )  # fmt: skip
-    if in_forked_child():
-        kernels.attend_rows(*arguments)
-    else:
-        bins = num_bins(2 * step.num_keys * kv_heads * head_size * k_cache.element_size())
-        launch(kernels.attend_rows_parallel, bins, *arguments)
+    launch(kernels.attend_bin(wide_query.dtype, dtype), bins, arguments)
+    if bins > 1:
+        launch(kernels.finish_cut_rows(wide_query.dtype), 1, arguments)
     if wide_output is not output:
         rows = torch.from_numpy(step.rows[:, 0].astype(np.int64))
         output[rows] = wide_output[rows].to(output.dtype)
@@ -235,3 +260,10 @@ def _warm_up(dtype: torch.dtype) -> None:
         paged_attention(new, new, new, *caches, metadata, scale=1.0)
         store_kv(new, new, *caches, metadata.slot_mapping)
         argmax_rows(new[:, 0])
+        rms_norm(new, new[0, 0], 1e-5)
+        rotate(new, new[:, 0], new[:, 0])
+        kernels: Any = kernel_module("cpu_paged_decode")
+        if kernels is not None:
+            kernels.finish_cut_rows(dtype)
+            loop: Any = kernel_module("cpu_bins")
+            loop.compile_loop()

@@ -14,10 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["linear", "onednn_is_faster"]
+__all__ = ["TINY_WEIGHT", "linear", "onednn_is_faster"]
 
-#: Multiply-adds below which the call itself costs more than is won.
-_MIN_WORK = 400_000
+#: A call takes about 15 us more than torch's own: worth it for weights that do not fit a core's cache, whatever the
+#: number of rows, and for many rows of smaller ones (measured, docs/decisions.md).
+_MIN_WEIGHT, _MIN_WORK = 1 << 18, 3_000_000
+#: Weights so small that no step of usual size has the work.
+TINY_WEIGHT = 1 << 16
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -54,7 +57,7 @@ def linear(
         x.dtype is not torch.float32
         or weight.dtype is not torch.float32
         or type(weight) not in _PLAIN_TENSORS
-        or x.numel() * weight.shape[0] < _MIN_WORK
+        or (weight.numel() < _MIN_WEIGHT and x.numel() * weight.shape[0] < _MIN_WORK)
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or not x.is_contiguous()

@@ -15,9 +15,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
-from hf_paged.kernels.cpu_jit import FASTMATH, entry, helper, item_bytes, load, store_f32
+from hf_paged.kernels.cpu_jit import FASTMATH, entry, helper, kernel_by_dtype
+from hf_paged.kernels.cpu_memory import (
+    argument,
+    float_argument,
+    item_bytes,
+    load,
+    load_i32,
+    load_i64,
+    store_f32,
+    store_i64,
+)
 from hf_paged.kernels.cpu_row_attention import (
     CHUNK,
     RowShape,
@@ -30,14 +39,14 @@ from hf_paged.kernels.cpu_row_attention import (
 )
 from hf_paged.kernels.cpu_store_kv import store_token
 
-__all__ = ["TILE", "attend_rows", "attend_rows_parallel"]
+__all__ = ["TILE", "attend_bin", "finish_cut_rows"]
 
 #: Rows are cut between bins at multiples of this many tokens.
 TILE = 16
 
 
 class _Layer(NamedTuple):
-    """Addresses and strides (in numbers) of one layer's tensors."""
+    """Addresses and strides (in numbers) of one layer's tensors: the first twelve arguments."""
 
     query: int  # [T, H, D]
     query_stride: int
@@ -53,7 +62,46 @@ class _Layer(NamedTuple):
     v_cache: int
 
 
-@helper()
+class _Rows(NamedTuple):
+    """What is attended, after the layer and the shape: addresses, and numbers."""
+
+    rows: int  # [R, 3] int32: token, sequence, and how many of its keys the token sees
+    num_rows: int
+    starts: int  # [R + 1] int64: prefix sum of the tiles of each row, at least one a row
+    block_tables: int  # [S, M] int32
+    table_width: int  # M
+    slot_mapping: int  # [T] int64
+    window: int  # keys each token sees at most; 0 for all
+    states: int  # [2 * bins] states of rows that bins have cut: at most the one a bin begins in and the one it ends in
+    owners: int  # [2 * bins] int64: the row of each, -1 for none
+
+
+@helper(inline="always")
+def _layer(arguments):
+    return _Layer(
+        argument(arguments, 0), argument(arguments, 1), argument(arguments, 2), argument(arguments, 3),
+        argument(arguments, 4), argument(arguments, 5), argument(arguments, 6), argument(arguments, 7),
+        argument(arguments, 8), argument(arguments, 9), argument(arguments, 10), argument(arguments, 11),
+    )  # fmt: skip
+
+
+@helper(inline="always")
+def _shape(arguments):
+    return RowShape(
+        argument(arguments, 12), argument(arguments, 13), argument(arguments, 14), argument(arguments, 15)
+    )
+
+
+@helper(inline="always")
+def _rows(arguments):
+    return _Rows(
+        argument(arguments, 16), argument(arguments, 17), argument(arguments, 18), argument(arguments, 19),
+        argument(arguments, 20), argument(arguments, 21), argument(arguments, 22), argument(arguments, 23),
+        argument(arguments, 24),
+    )  # fmt: skip
+
+
+@helper(inline="always")
 def _store_new(layer, token, slot, shape, tag):
     key = layer.key + token * layer.key_stride * item_bytes(tag)
     store_token(key, layer.k_cache, slot, layer.key_head_stride, shape.kv_heads, shape.head_size, tag)
@@ -61,7 +109,7 @@ def _store_new(layer, token, slot, shape, tag):
     store_token(value, layer.v_cache, slot, layer.value_head_stride, shape.kv_heads, shape.head_size, tag)
 
 
-@helper(fastmath=FASTMATH)
+@helper(inline="always", fastmath=FASTMATH)
 def _attend_span(layer, token, block_table, begin, end, shape, scale, softcap, scratch, state, io_tag, tag):
     """Brings `state` to what the token sees at positions begin to end; scratch is float32 [H, D + CHUNK]."""
     heads = shape.kv_heads * shape.group
@@ -81,126 +129,95 @@ def _attend_span(layer, token, block_table, begin, end, shape, scale, softcap, s
         first = last
 
 
-@helper()
-def _attend_bin(
-    index, bins, layer, shape, rows, starts, block_tables, slot_mapping, window, scale, softcap, sinks, states,
-    owners, io_tag, tag,
-):  # fmt: skip
-    """Attends what falls into bin `index`. `starts` counts the tiles before each row."""
-    heads = shape.kv_heads * shape.group
-    state_size = heads * (shape.head_size + 2)
-    buffer = np.empty(heads * (shape.head_size + CHUNK) + state_size, np.float32)
-    scratch = buffer.ctypes.data
-    local = scratch + 4 * heads * (shape.head_size + CHUNK)
-    low, high = starts[-1] * index // bins, starts[-1] * (index + 1) // bins
-    row = 0
-    while row < rows.shape[0] and starts[row + 1] <= low:
-        row += 1
-    while row < rows.shape[0] and starts[row] < high:
-        token, sequence, row_end = np.int64(rows[row, 0]), rows[row, 1], np.int64(rows[row, 2])
-        row_begin = max(0, row_end - window) if window > 0 else 0
-        # Both borders, in tiles of absolute positions.
-        first = row_begin // TILE + max(0, low - starts[row])
-        last = row_begin // TILE + high - starts[row]
-        begin, end = max(row_begin, first * TILE), min(row_end, last * TILE)
-        if layer.key != 0 and end == row_end and slot_mapping[token] >= 0:
-            _store_new(layer, token, slot_mapping[token], shape, tag)
-        state = local
-        if starts[row] < low or starts[row + 1] > high:
-            place = 2 * index + (1 if starts[row] >= low else 0)
-            owners[place] = row
-            state = states.ctypes.data + 4 * place * state_size
-        _attend_span(
-            layer,
-            token,
-            block_tables[sequence],
-            begin,
-            end,
-            shape,
-            scale,
-            softcap,
-            scratch,
-            state,
-            io_tag,
-            tag,
-        )
-        if state == local:
-            output = layer.output + token * heads * shape.head_size * item_bytes(io_tag)
-            finish(state, output, shape, sinks, io_tag)
-        row += 1
+@kernel_by_dtype
+def attend_bin(io_tag, tag):
+    """Attends what falls into one bin.
 
-
-@helper()
-def _finish_cut_rows(layer, shape, rows, sinks, states, owners, io_tag):
-    """Merges and finishes the rows which bins have cut. Their states lie in the order of their positions."""
-    heads = shape.kv_heads * shape.group
-    state_bytes = 4 * heads * (shape.head_size + 2)
-    place = 0
-    while place < owners.shape[0]:
-        row = owners[place]
-        state = states.ctypes.data + place * state_bytes
-        place += 1
-        if row < 0:
-            continue
-        while place < owners.shape[0] and (owners[place] == row or owners[place] < 0):
-            if owners[place] == row:
-                merge(state, states.ctypes.data + place * state_bytes, shape)
-            place += 1
-        output = layer.output + np.int64(rows[row, 0]) * heads * shape.head_size * item_bytes(io_tag)
-        finish(state, output, shape, sinks, io_tag)
-
-
-@entry()
-def attend_rows(
-    query, query_stride, query_head_stride, key, key_stride, key_head_stride, value, value_stride, value_head_stride,
-    output, k_cache, v_cache, block_size, kv_heads, group, head_size,
-    rows, starts, block_tables, slot_mapping, window, scale, softcap, sinks, io_tag, tag,
-):  # fmt: skip
-    """Attends all rows on the calling thread.
-
-    Args:
-        query ... v_cache: the fields of `_Layer`.
-        block_size ... head_size: the fields of `RowShape`.
-        rows: [R, 3] int32: token, sequence, and how many of its keys the token sees.
-        starts: [R + 1] int64: prefix sum of the tiles of each row, at least one a row.
-        block_tables: [S, M] int32.
-        slot_mapping: [T] int64.
-        window: keys each token sees at most; 0 for all.
-        scale: float32 factor on scores. softcap: float32; 0 for none. sinks: [H] float32, or empty.
-        io_tag, tag: what numbers query and output, keys and values are (`cpu_jit.dtype_tag`).
+    Arguments: the fields of `_Layer`, of `RowShape` and of `_Rows`; sinks ([H] float32, or 0), scale and softcap
+    (float32; 0 for none); how many bins there are. The dtypes are those of query and output, and of keys and values.
     """
-    layer = _Layer(
-        query, query_stride, query_head_stride, key, key_stride, key_head_stride, value, value_stride,
-        value_head_stride, output, k_cache, v_cache,
-    )  # fmt: skip
-    shape = RowShape(block_size, kv_heads, group, head_size)
-    states, owners = np.empty((0, 0), np.float32), np.empty(0, np.int64)
-    _attend_bin(
-        0, 1, layer, shape, rows, starts, block_tables, slot_mapping, window, scale, softcap, sinks,
-        states, owners, io_tag, tag,
-    )  # fmt: skip
+
+    @entry(fastmath=FASTMATH)
+    def kernel(index, bins, arguments):
+        layer, shape, rows = _layer(arguments), _shape(arguments), _rows(arguments)
+        sinks = argument(arguments, 25)
+        scale, softcap = float_argument(arguments, 26), float_argument(arguments, 27)
+        heads = shape.kv_heads * shape.group
+        state_size = heads * (shape.head_size + 2)
+        buffer = np.empty(heads * (shape.head_size + CHUNK) + state_size, np.float32)
+        scratch = buffer.ctypes.data
+        local = scratch + 4 * heads * (shape.head_size + CHUNK)
+        tiles = load_i64(rows.starts, rows.num_rows)
+        low, high = tiles * index // bins, tiles * (index + 1) // bins
+        row = 0
+        while row < rows.num_rows and load_i64(rows.starts, row + 1) <= low:
+            row += 1
+        while row < rows.num_rows and load_i64(rows.starts, row) < high:
+            row_start, next_start = load_i64(rows.starts, row), load_i64(rows.starts, row + 1)
+            token, sequence = load_i32(rows.rows, 3 * row), load_i32(rows.rows, 3 * row + 1)
+            row_end = load_i32(rows.rows, 3 * row + 2)
+            row_begin = max(0, row_end - rows.window) if rows.window > 0 else 0
+            # Both borders, in tiles of absolute positions.
+            first = row_begin // TILE + max(0, low - row_start)
+            last = row_begin // TILE + high - row_start
+            begin, end = max(row_begin, first * TILE), min(row_end, last * TILE)
+            if layer.key != 0 and end == row_end:
+                slot = load_i64(rows.slot_mapping, token)
+                if slot >= 0:
+                    _store_new(layer, token, slot, shape, tag)
+            state = local
+            if row_start < low or next_start > high:
+                place = 2 * index + (1 if row_start >= low else 0)
+                store_i64(rows.owners, place, row)
+                state = rows.states + 4 * place * state_size
+            block_table = rows.block_tables + 4 * sequence * rows.table_width
+            _attend_span(
+                layer, token, block_table, begin, end, shape, scale, softcap, scratch, state, io_tag, tag
+            )
+            if state == local:
+                output = layer.output + token * heads * shape.head_size * item_bytes(io_tag)
+                finish(state, output, shape, sinks, io_tag)
+            row += 1
+
+    return kernel
 
 
-@entry(parallel=True)
-def attend_rows_parallel(
-    bins, query, query_stride, query_head_stride, key, key_stride, key_head_stride, value, value_stride,
-    value_head_stride, output, k_cache, v_cache, block_size, kv_heads, group, head_size,
-    rows, starts, block_tables, slot_mapping, window, scale, softcap, sinks, io_tag, tag,
-):  # fmt: skip
-    """`attend_rows` on `bins` threads."""
-    layer = _Layer(
-        query, query_stride, query_head_stride, key, key_stride, key_head_stride, value, value_stride,
-        value_head_stride, output, k_cache, v_cache,
-    )  # fmt: skip
-    shape = RowShape(block_size, kv_heads, group, head_size)
-    # A bin cuts at most two rows: the one it begins in and the one it ends in.
-    states = np.empty((2 * bins, kv_heads * group * (head_size + 2)), np.float32)
-    owners = np.empty(2 * bins, np.int64)
-    for place in range(2 * bins):
-        owners[place] = -1
-    for index in prange(bins):
-        _attend_bin(
-            np.int64(index), bins, layer, shape, rows, starts, block_tables, slot_mapping, window, scale, softcap,
-            sinks, states, owners, io_tag, tag,
-        )  # fmt: skip
-    _finish_cut_rows(layer, shape, rows, sinks, states, owners, io_tag)
+@kernel_by_dtype
+def finish_cut_rows(io_tag):
+    """Merges and finishes the rows that bins have cut: their states lie in the order of their positions.
+
+    Arguments as `attend_bin`. One part, after all bins; no row has an owner then.
+    """
+
+    @entry(fastmath=FASTMATH)
+    def kernel(index, bins, arguments):
+        layer, shape, rows = _layer(arguments), _shape(arguments), _rows(arguments)
+        sinks = argument(arguments, 25)
+        heads = shape.kv_heads * shape.group
+        state_bytes = 4 * heads * (shape.head_size + 2)
+        places = 2 * argument(arguments, 28)
+        place = 0
+        while place < places:
+            row = load_i64(rows.owners, place)
+            state = rows.states + place * state_bytes
+            place += 1
+            if row < 0:
+                continue
+            while place < places and (
+                load_i64(rows.owners, place) == row or load_i64(rows.owners, place) < 0
+            ):
+                if load_i64(rows.owners, place) == row:
+                    merge(state, rows.states + place * state_bytes, shape)
+                place += 1
+            token = load_i32(rows.rows, 3 * row)
+            finish(
+                state,
+                layer.output + token * heads * shape.head_size * item_bytes(io_tag),
+                shape,
+                sinks,
+                io_tag,
+            )
+        for place in range(places):
+            store_i64(rows.owners, place, -1)
+
+    return kernel

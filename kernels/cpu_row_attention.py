@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_paged.kernels.cpu_jit import FASTMATH, exp, helper, item_bytes, load, load_f32, store, store_f32
+from hf_paged.kernels.cpu_jit import FASTMATH, helper
+from hf_paged.kernels.cpu_memory import exp, item_bytes, load, load_f32, load_i32, store, store_f32
 
 __all__ = ["CHUNK", "RowShape", "add_values", "clear", "dot_keys", "finish", "merge", "weigh"]
 
@@ -44,7 +45,7 @@ def dot_keys(query, scores, cache, block_table, begin, end, shape, tag):
     while position < end:
         offset = position % shape.block_size
         count = 4 if min(shape.block_size - offset, end - position) >= 4 else 1
-        slot = np.int64(block_table[position // shape.block_size]) * shape.block_size + offset
+        slot = load_i32(block_table, position // shape.block_size) * shape.block_size + offset
         key = cache + slot * token_bytes
         row = query
         target = scores + 4 * (position - begin)
@@ -88,7 +89,7 @@ def add_values(weights, sums, cache, block_table, begin, end, shape, tag):
     while position < end:
         offset = position % shape.block_size
         count = 4 if min(shape.block_size - offset, end - position) >= 4 else 1
-        slot = np.int64(block_table[position // shape.block_size]) * shape.block_size + offset
+        slot = load_i32(block_table, position // shape.block_size) * shape.block_size + offset
         value = cache + slot * token_bytes
         target = sums
         source = weights + 4 * (position - begin)
@@ -162,14 +163,14 @@ def clear(state, shape):
 
 @helper(fastmath=FASTMATH)
 def finish(state, output, shape, sinks, tag):
-    """Writes a row's weighted mean [H, D] to `output`."""
+    """Writes a row's weighted mean [H, D] to `output`. sinks: address of [H] float32, or 0."""
     heads, head_size = shape.kv_heads * shape.group, shape.head_size
     for head in range(heads):
         top = load_f32(state, heads * head_size + head)
         total = load_f32(state, heads * (head_size + 1) + head)
         factor = np.float32(1)
-        if sinks.size > 0:
-            sink = sinks[head]
+        if sinks != 0:
+            sink = load_f32(sinks, head)
             highest = max(top, sink)
             factor = exp(top - highest)
             total = total * factor + exp(sink - highest)

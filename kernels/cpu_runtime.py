@@ -13,17 +13,23 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import struct
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+from array import array
+from collections.abc import Callable, Hashable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from hf_paged.kernels.cpu_jit import Kernel
 
 __all__ = [
     "cancel_deferral",
     "defer_loading",
+    "float_bits",
     "in_forked_child",
     "is_loading",
     "kernel_module",
@@ -155,17 +161,40 @@ def num_bins(work_bytes: int) -> int:
     return max(1, min(work_bytes // _MIN_BYTES_PER_THREAD, torch.get_num_threads(), _numba_threads()))
 
 
-def launch(kernel: Callable[..., None], bins: int, *arguments: Any) -> None:
-    """Runs a parallel kernel, whose first argument is its number of bins, while no other runs."""
+@functools.lru_cache(maxsize=256)
+def float_bits(number: float) -> int:
+    """What to pass for a float32 argument."""
+    return struct.unpack("<i", struct.pack("<f", number))[0]
+
+
+def launch(kernel: Kernel, bins: int, arguments: Iterable[int]) -> None:
+    """Runs all `bins` parts of a kernel: on this thread where it is one, else in parallel, while no other launch does.
+
+    Args:
+        kernel: see `hf_paged.kernels.cpu_jit`. arguments: its arguments, ints of 64 bits.
+    """
+    packed = array("q", arguments)
+    address = packed.buffer_info()[0]
+    if bins == 1:
+        kernel.run(0, 1, address)
+    elif _process.forked:
+        for index in range(bins):
+            kernel.run(index, bins, address)
+    else:
+        _launch_parallel(kernel, bins, address)
+
+
+def _launch_parallel(kernel: Kernel, bins: int, arguments: int) -> None:
     import numba
 
+    module: Any = kernel_module("cpu_bins")
     with _process.launch_lock:
         # In this order: asking numba may start its threading layer.
         torch_before, before = torch.get_num_threads(), numba.get_num_threads()
         if before != bins:
             numba.set_num_threads(bins)
         try:
-            kernel(bins, *arguments)
+            module.run_bins(bins, kernel.address, arguments)
         finally:
             if before != bins:
                 numba.set_num_threads(before)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numba import prange
+from hf_paged.kernels.cpu_jit import entry, helper, kernel_by_dtype
+from hf_paged.kernels.cpu_memory import argument, copy_bits, item_bytes, load_i64
 
-from hf_paged.kernels.cpu_jit import copy_bits, entry, helper, item_bytes
-
-__all__ = ["store_rows_parallel", "store_token"]
+__all__ = ["store_rows", "store_token"]
 
 
 @helper()
@@ -22,20 +20,34 @@ def store_token(source, target, slot, head_stride, kv_heads, head_size, tag):
             copy_bits(read, write, d, tag)
 
 
-@entry(parallel=True)
-def store_rows_parallel(
-    bins, key, key_stride, key_head_stride, value, value_stride, value_head_stride, k_cache, v_cache, kv_heads,
-    head_size, slot_mapping, tag,
-):  # fmt: skip
-    """Stores token t in slot_mapping[t] ([T] int64; -1 stores nothing) on `bins` threads. Strides are in numbers."""
-    size = item_bytes(tag)
-    tokens = slot_mapping.shape[0]
-    for index in prange(bins):
-        part = np.int64(index)
-        for token in range(tokens * part // bins, tokens * (part + 1) // bins):
-            slot = slot_mapping[token]
+@kernel_by_dtype
+def store_rows(tag):
+    """Stores a part of the tokens: token t in slot_mapping[t]; -1 stores nothing.
+
+    Arguments: key, its strides between tokens and between heads, in numbers; the same of value; k_cache, v_cache,
+    kv_heads, head_size; slot_mapping ([T] int64), T.
+    """
+
+    @entry()
+    def kernel(index, bins, arguments):
+        key, key_stride, key_head_stride = (
+            argument(arguments, 0),
+            argument(arguments, 1),
+            argument(arguments, 2),
+        )
+        value, value_stride, value_head_stride = (
+            argument(arguments, 3), argument(arguments, 4), argument(arguments, 5),
+        )  # fmt: skip
+        k_cache, v_cache = argument(arguments, 6), argument(arguments, 7)
+        kv_heads, head_size = argument(arguments, 8), argument(arguments, 9)
+        slot_mapping, tokens = argument(arguments, 10), argument(arguments, 11)
+        size = item_bytes(tag)
+        for token in range(tokens * index // bins, tokens * (index + 1) // bins):
+            slot = load_i64(slot_mapping, token)
             if slot >= 0:
                 source = key + token * key_stride * size
                 store_token(source, k_cache, slot, key_head_stride, kv_heads, head_size, tag)
                 source = value + token * value_stride * size
                 store_token(source, v_cache, slot, value_head_stride, kv_heads, head_size, tag)
+
+    return kernel

@@ -20,7 +20,7 @@ from hf_paged.patches import safety
 from hf_paged.patches.attention import bind, bind_step_forward, is_bound
 from hf_paged.patches.fused import find_fused
 from hf_paged.patches.instance import InstancePatch
-from hf_paged.patches.registry import PatchSpec
+from hf_paged.patches.registry import AttentionShape, PatchSpec
 
 __all__ = ["AppliedPatch", "InstancePatch", "LayerGeometry", "apply"]
 
@@ -51,6 +51,7 @@ class AppliedPatch:
         self.owner = owner
         self._model = weakref.ref(model)
         self._layers = [weakref.ref(layer) for layer in layers]
+        self._shapes: weakref.WeakKeyDictionary[nn.Module, AttentionShape] = weakref.WeakKeyDictionary()
         self._patches: list[InstancePatch] = []
         self._forwards: dict[int, Any] = {}
         self._adopted: dict[int, InstancePatch] = {}
@@ -89,8 +90,10 @@ class AppliedPatch:
         default: Tensor | None = None
         geometry = []
         for layer in self.spec.find_attention_layers(model):
-            shape = self.spec.attention_shape(layer)
-            weight = getattr(shape.projection, "weight", None)
+            shape = self._shapes.get(layer)
+            if shape is None:
+                shape = self._shapes[layer] = self.spec.attention_shape(layer)
+            weight = getattr(self.spec.key_projection(layer), "weight", None)
             if not isinstance(weight, Tensor) or weight.dtype not in _PLAIN_DTYPES:
                 # A quantised projection: it gives back the dtype it is given, which is that of the
                 # embeddings.

@@ -17,7 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_paged.kernels import cpu_linear
+from hf_paged.kernels import cpu_linear, cpu_norm
 from hf_paged.patches.attention import forward_slot
 from hf_paged.patches.registry import class_reason, qualified_name
 from hf_paged.step import StepInputs
@@ -29,12 +29,15 @@ def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of `model` that have a fused form, each with the function to run in a step."""
     found = []
     table = _FUSED | _PRODUCTS if cpu_linear.onednn_is_faster() else _FUSED
+    module: Any
     for module in model.modules():
         cls: Any = type(module)
         name = qualified_name(cls)
         fused = table.get(name)
         # A forward somebody put on the instance is theirs to keep, in a step too.
         if fused is None or vars(module).get(forward_slot(module)) is not None:
+            continue
+        if name in _PRODUCTS and module.weight.numel() < cpu_linear.TINY_WEIGHT:
             continue
         if class_reason(cls, cls.forward, name) is None:
             found.append((module, _guarded(fused, cls.forward)))
@@ -58,6 +61,8 @@ def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor | None:
     weight = module.weight
     if weight.dtype != hidden_states.dtype:
         return None  # the original promotes to the wider dtype
+    if hidden_states.device.type == "cpu":
+        return cpu_norm.rms_norm(hidden_states, weight, module.variance_epsilon)
     return F.rms_norm(hidden_states, weight.shape, weight, module.variance_epsilon)
 
 

@@ -44,7 +44,7 @@ def structure(model: Any) -> list[tuple[nn.Module, str]]:
 
 
 def attention_shape(module: Any) -> AttentionShape:
-    return AttentionShape(module.num_heads, module.kv_heads, module.head_dim, module.c_attn)
+    return AttentionShape(module.num_heads, module.kv_heads, module.head_dim)
 
 
 register(
@@ -54,6 +54,7 @@ register(
         structure=structure,
         find_attention_layers=find_attention_layers,
         attention_shape=attention_shape,
+        key_projection=lambda module: module.c_attn,
         paged_forward=paged_forward,
         check=check,
         position_limit=position_limit,

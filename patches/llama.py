@@ -7,11 +7,13 @@ where they switch (`rope_limit`).
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from hf_paged.kernels import cpu_rope
 from hf_paged.patches.attention import attend
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
@@ -35,12 +37,22 @@ def paged_forward(
     query = module.q_proj(hidden_states).view(by_head)
     key = module.k_proj(hidden_states).view(by_head)
     value = module.v_proj(hidden_states).view(by_head)
-    if _ROTATES_ANY_LAYOUT:
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
-    else:
-        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    query, key = _rotated(query, key, *position_embeddings)
     return module.o_proj(attend(step, layer, query[0], key[0], value[0], module.scaling)), None
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and key [1, T, heads, D] after RoPE."""
+    if not _ROTATES_ANY_LAYOUT:
+        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+        return query.transpose(1, 2), key.transpose(1, 2)
+    if query.device.type == "cpu" and query.dtype is key.dtype:
+        rotated = cpu_rope.rotate(query[0], cos[0], sin[0])
+        if rotated is not None:
+            other = cpu_rope.rotate(key[0], cos[0], sin[0])
+            if other is not None:
+                return rotated[None], other[None]
+    return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
 
 
 def structure(model: Any) -> list[tuple[nn.Module, str]]:
@@ -57,14 +69,13 @@ def structure(model: Any) -> list[tuple[nn.Module, str]]:
 
 def find_attention_layers(model: Any) -> list[nn.Module]:
     # Upstream runs the first `num_hidden_layers` of the layers it has.
-    return [unwrapped(block.self_attn) for block in model.model.layers[: model.config.num_hidden_layers]]
+    blocks = itertools.islice(model.model.layers, model.config.num_hidden_layers)
+    return [unwrapped(block.self_attn) for block in blocks]
 
 
 def attention_shape(module: Any) -> AttentionShape:
     config = module.config
-    return AttentionShape(
-        config.num_attention_heads, config.num_key_value_heads, module.head_dim, module.k_proj
-    )
+    return AttentionShape(config.num_attention_heads, config.num_key_value_heads, module.head_dim)
 
 
 def check(model: Any) -> str | None:
@@ -92,6 +103,7 @@ register(
         structure=structure,
         find_attention_layers=find_attention_layers,
         attention_shape=attention_shape,
+        key_projection=lambda module: module.k_proj,
         paged_forward=paged_forward,
         check=check,
         position_limit=lambda model: None,

@@ -31,12 +31,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention layer as the KV cache sees it."""
+    """One attention layer as the KV cache sees it: what upstream fixes when it makes the module."""
 
     num_heads: int  # H
     num_kv_heads: int  # H_kv
     head_dim: int  # D
-    projection: nn.Module  # makes the keys; its weight tells dtype and device where it is a plain weight
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,9 @@ class PatchSpec:
     #: model -> the modules whose forward the packed step relies on, each with the class it must descend from
     structure: Callable[[Any], list[tuple[nn.Module, str]]]
     find_attention_layers: Callable[[Any], list[nn.Module]]  # model -> modules in KV-layer order
-    attention_shape: Callable[[Any], AttentionShape]  # attention module -> its shape, read live
+    attention_shape: Callable[[Any], AttentionShape]  # attention module -> its shape, read once
+    #: attention module -> what makes the keys; its weight tells dtype and device where it is a plain weight
+    key_projection: Callable[[Any], nn.Module]
     #: (attention module, StepInputs, layer number, *args, **kwargs of its forward) -> what that forward returns
     paged_forward: Callable[..., Any]
     check: Callable[[Any], str | None]  # model -> why this variant cannot run natively, or None

@@ -6,6 +6,7 @@ parts of its adapters in containers (`ModuleDict`, `ParameterDict`, ...) whose k
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -89,7 +90,13 @@ row_adapters: ContextVar[RowAdapters | None] = ContextVar("row_adapters", defaul
 
 def is_adapter_layer(module: nn.Module) -> bool:
     """Whether `module` is one of PEFT's layers or wrappers that hold adapters."""
-    return hasattr(type(module), "adapter_layer_names")
+    cls: Any = type(module)
+    return _holds_adapters(cls)
+
+
+@functools.lru_cache(maxsize=1024)
+def _holds_adapters(cls: Any) -> bool:
+    return hasattr(cls, "adapter_layer_names")
 
 
 def containers(layer: nn.Module) -> Iterator[nn.Module]:

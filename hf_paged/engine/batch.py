@@ -44,9 +44,12 @@ def build(
         ids[at : at + len(known)] = known
         if len(known) < count:
             ids[at + len(known) : at + count] = seq.draft[: count - len(known)]
-    # Position of a token = its sequence's computed tokens + its place among the new ones.
-    rows = np.repeat(np.arange(len(sequences)), query_lens)
-    positions = computed[rows] + np.arange(starts[-1]) - starts[rows]
+    if num_decodes == len(sequences):
+        rows, positions = np.arange(num_decodes), computed
+    else:
+        # Position of a token = its sequence's computed tokens + its place among the new ones.
+        rows = np.repeat(np.arange(len(sequences)), query_lens)
+        positions = computed[rows] + np.arange(starts[-1]) - starts[rows]
     slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
 
     def move(array: np.ndarray) -> Tensor:

@@ -24,7 +24,7 @@ from hf_paged.engine.crank import Crank
 from hf_paged.engine.loop import StepLoop
 from hf_paged.engine.request import Call, Sequence
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
-from hf_paged.engine.weights import adapters_version, watch_optimizers, weights_version
+from hf_paged.engine.weights import Samples, adapters_version, watch_optimizers, weights_version
 from hf_paged.errors import EngineStateError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class PagedEngine:
         self._loop = StepLoop(model, patch, config)
         self._crank = Crank(self._loop)
         self._weights: bytes | None = None
+        self._samples = Samples()
         self._closed = False
 
     # --- the model as it is now -------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class PagedEngine:
 
     def ambient(self) -> Ambient:
         """The calling thread's ambient state, for `Call.ambient`."""
-        return Ambient.capture(self._loop.ready().device.type)
+        return Ambient.capture((self._loop.runtime or self._loop.ready()).device.type)
 
     def namespaces(
         self, selections: Iterable[Selection | None], salt: str = ""
@@ -94,7 +95,7 @@ class PagedEngine:
             selections: of the sequences; None for what no selection can say.
             salt: prefixes are only shared between calls of one salt, besides `cache_salt` of the config.
         """
-        version = weights_version(self.model)
+        version = weights_version(self.model, self._samples)
         if version != self._weights:
             if self._weights is not None:
                 self.invalidate()

@@ -8,9 +8,11 @@ of the base model.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import threading
 from array import array
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ _optimizer_steps = 0
 _hook_lock = threading.Lock()
 _hook_installed = False
 
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_UNITS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32}
 #: Values read from each tensor; a change that leaves all of them as they were goes unnoticed unless `_version` tells.
 _SAMPLES = 4
 
@@ -41,22 +45,26 @@ def _count_step(*_args: Any) -> None:
     _optimizer_steps += 1
 
 
-def weights_version(model: nn.Module) -> bytes:
+def weights_version(model: nn.Module, samples: Samples | None = None) -> bytes:
     """A digest (32 bytes) that differs when a weight or saved buffer outside of adapters does, or what is merged.
 
-    Cost is a few microseconds a tensor. CUDA values are not sampled here: that would wait for the device.
+    Cost is a few microseconds a tensor; less with the `samples` of the call before. CUDA values are not sampled
+    here: that would wait for the device.
     """
     tensors: list[Tensor] = []
     merged = []
     for module in base_modules(model):
-        tensors.extend(p for p in module._parameters.values() if p is not None)
-        # Buffers that are not saved are derived (RoPE frequencies grow with the longest forward): they are no weights.
-        derived = vars(module).get("_non_persistent_buffers_set", ())
-        tensors.extend(b for name, b in module._buffers.items() if b is not None and name not in derived)
+        state = module.__dict__
+        if state["_parameters"]:
+            tensors.extend([p for p in state["_parameters"].values() if p is not None])
+        if state["_buffers"]:
+            # Buffers not saved are derived (RoPE frequencies grow with the longest forward): they are no weights.
+            derived = state.get("_non_persistent_buffers_set", ())
+            tensors.extend([b for n, b in state["_buffers"].items() if b is not None and n not in derived])
         # An attribute of PEFT's tuner layers only; the model itself has methods named like their other attributes.
-        if "merged_adapters" in module.__dict__:
+        if "merged_adapters" in state:
             merged.append(module.merged_adapters)
-    return _digest(tensors, merged if any(merged) else None)
+    return _digest(tensors, merged if any(merged) else None, samples)
 
 
 def adapters_version(model: nn.Module, names: tuple[str, ...] | None) -> bytes:
@@ -78,30 +86,65 @@ def adapters_version(model: nn.Module, names: tuple[str, ...] | None) -> bytes:
             found, options = adapter_facts(layer, name)
             tensors.extend(found)
             facts.append(options)
-    return _digest(tensors, facts) if len(facts) > 1 else b""
+    return _digest(tensors, facts, None) if len(facts) > 1 else b""
 
 
-def _digest(tensors: list[Tensor], others: object) -> bytes:
-    facts = array("q", [_optimizer_steps])
-    values: list[float] = []
-    for tensor in tensors:
-        facts.append(id(tensor))
-        if tensor.device.type == "meta":
-            continue
-        facts.append(tensor.data_ptr())
-        facts.append(-1 if tensor.is_inference() else tensor._version)
-        facts.append(hash((tensor.dtype, tensor.device)))
-        if tensor.device.type == "cpu" and tensor.layout is torch.strided:
-            values.extend(_sample(tensor.detach()))
+class Samples:
+    """Reads a few numbers of each tensor, and remembers where they lie: this is done before every call.
+
+    Addresses are kept, not tensors, and used only for a tensor that is still where and as large as it was.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[int, tuple[tuple[int, int, torch.dtype], list[Any]]] = {}
+
+    def read(self, tensors: Iterable[Tensor]) -> array[int]:
+        """What tells the tensors, and the numbers read of those that are in plain memory."""
+        known, fresh = self._places, {}
+        facts = array("q")
+        for tensor in tensors:
+            key = id(tensor)
+            device = tensor.device
+            if device.type == "meta":
+                facts.append(key)
+                continue
+            address, dtype = tensor.data_ptr(), tensor.dtype
+            facts.extend(
+                (key, address, -1 if tensor.is_inference() else tensor._version, hash((dtype, device)))
+            )
+            identity = (address, tensor.numel(), dtype)
+            entry = known.get(key)
+            if entry is None or entry[0] != identity or not tensor.is_contiguous():
+                if device.type != "cpu" or tensor.layout is not torch.strided:
+                    continue
+                if not address or type(tensor) not in _PLAIN_TENSORS or not tensor.is_contiguous():
+                    facts.frombytes(_numbers(tensor))
+                    continue
+                entry = (identity, _places(*identity))
+            fresh[key] = entry
+            facts.extend([place.value for place in entry[1]])
+        self._places = fresh
+        return facts
+
+
+def _places(address: int, numel: int, dtype: torch.dtype) -> list[Any]:
+    """Objects whose `value` is a number at that moment, as an int."""
+    unit = _UNITS[min(dtype.itemsize, 4)]  # of a wider number the first four bytes
+    stride = max(1, (numel - 1) // _SAMPLES)
+    return [unit.from_address(address + i * dtype.itemsize) for i in range(0, numel, stride)[: _SAMPLES + 1]]
+
+
+def _numbers(tensor: Tensor) -> bytes:
+    """The same of a tensor that is no plain memory."""
+    flat = tensor.detach()
+    flat = flat.view(-1) if flat.is_contiguous() else flat.flatten()
+    stride = max(1, (flat.numel() - 1) // _SAMPLES)
+    return array("d", flat[::stride][: _SAMPLES + 1].tolist()).tobytes()
+
+
+def _digest(tensors: list[Tensor], others: object, samples: Samples | None) -> bytes:
+    facts = (samples or Samples()).read(tensors)
+    facts.append(_optimizer_steps)
     digest = hashlib.sha256(facts.tobytes())
-    digest.update(array("d", values).tobytes())
     digest.update(repr(others).encode())
     return digest.digest()
-
-
-def _sample(tensor: Tensor) -> list[float]:
-    numel = tensor.numel()
-    if not numel:
-        return []
-    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()[: _SAMPLES + 1]
-    return flat[:: max(1, (flat.numel() - 1) // _SAMPLES)][: _SAMPLES + 1].tolist()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +95,12 @@ def argument(model: GenerativeModel, args: Sequence[Any], kwargs: Mapping[str, A
     """The value a call to `generate` gives the parameter `name`, or None; positional or by keyword."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    try:
-        bound = inspect.signature(type(model).generate).bind_partial(model, *args)
-    except TypeError:
-        return None  # upstream will say what is wrong with the arguments
-    return bound.arguments.get(name)
+    # Too many of them: upstream will say what is wrong with the arguments.
+    return dict(zip(_positional(type(model).generate), args, strict=False)).get(name)
+
+
+@functools.lru_cache(maxsize=64)
+def _positional(generate: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what `generate` takes by position, after the model."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(n for n, p in inspect.signature(generate).parameters.items() if p.kind in kinds)[1:]

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from hf_paged.kernels import cpu_backend, reference
+from hf_paged.kernels import cpu_backend, cpu_runtime, reference
 from tests.kernels.paged_case import make_case, sdpa_error
 
 #: Lengths around the borders of blocks (16), tiles (16), chunks (64) and several of them.
@@ -33,8 +33,12 @@ MIXED = [
 def bins(request, monkeypatch):
     """Cuts the rows' work into this many bins, whatever their size; two threads are enough to run them."""
     monkeypatch.setattr(cpu_backend, "num_bins", lambda work_bytes: request.param)
-    monkeypatch.setattr(cpu_backend, "launch", lambda kernel, *arguments: kernel(*arguments))
+    monkeypatch.setattr(cpu_runtime, "_launch_parallel", run_bins)
     return request.param
+
+
+def run_bins(kernel, bins, arguments):
+    cpu_runtime.kernel_module("cpu_bins").run_bins(bins, kernel.address, arguments)
 
 
 def assert_exact(case, **options):

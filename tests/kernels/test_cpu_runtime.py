@@ -32,7 +32,8 @@ def run_python(code: str, folder: Path = ROOT, **environment: str | None) -> str
     return done.stdout
 
 
-def test_two_threads_launch_at_once():
+def test_two_threads_launch_at_once(monkeypatch):
+    monkeypatch.setattr(cpu_backend, "num_bins", lambda work_bytes: cpu_runtime._numba_threads())
     cases = [make_case(BIG, seed=seed) for seed in range(2)]
     expected = [case.truth() for case in cases]
     failures: list[BaseException] = []
@@ -67,19 +68,19 @@ def test_the_workqueue_layer_survives_two_threads():
         import numba
         print(numba.threading_layer())
     """
-    assert run_python(code, NUMBA_THREADING_LAYER="workqueue").strip() == "workqueue"
+    assert run_python(code, NUMBA_THREADING_LAYER="workqueue", OMP_NUM_THREADS="2").strip() == "workqueue"
 
 
 def test_torchs_thread_count_is_obeyed_and_numbas_left_alone(monkeypatch):
     seen: list[tuple[int, int]] = []
-    kernels = cpu_runtime.kernel_module("cpu_paged_decode")
-    kernel = kernels.attend_rows_parallel
+    module = cpu_runtime.kernel_module("cpu_bins")
+    run_bins = module.run_bins
 
     def spy(bins, *arguments):
         seen.append((bins, numba.get_num_threads()))
-        kernel(bins, *arguments)
+        run_bins(bins, *arguments)
 
-    monkeypatch.setattr(kernels, "attend_rows_parallel", spy)
+    monkeypatch.setattr(module, "run_bins", spy)
     monkeypatch.setattr(cpu_runtime, "_numba_threads", lambda: 2)
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("numba was started with one thread")
@@ -88,7 +89,7 @@ def test_torchs_thread_count_is_obeyed_and_numbas_left_alone(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         make_case(BIG).run("cpu")
         assert numba.get_num_threads() == before
-    assert seen == [(1, 1), (2, 2), (2, 2)]
+    assert seen == [(2, 2), (2, 2)]  # one thread needs no parallel loop
 
 
 def test_starting_numbas_threads_leaves_torchs_thread_count():
@@ -153,7 +154,7 @@ def test_nothing_can_be_cached(tmp_path):
         from hf_paged.kernels import cpu_argmax, cpu_argmax_kernel
         logits = torch.randn(3, 70)
         print(torch.equal(cpu_argmax.argmax_rows(logits), logits.argmax(-1)), cpu_argmax_kernel.__file__)
-        print(type(cpu_argmax_kernel.argmax_rows_parallel._cache).__name__)
+        print(type(cpu_argmax_kernel.argmax_part(torch.float32).run._cache).__name__)
     """
     places = {
         "HOME": str(home),
@@ -172,7 +173,7 @@ def test_a_damaged_or_full_cache_costs_a_compilation_only(tmp_path):
         from hf_paged.kernels import cpu_argmax, cpu_argmax_kernel
         logits = torch.randn(3, 70)
         print(torch.equal(cpu_argmax.argmax_rows(logits), logits.argmax(-1)))
-        print(sum(cpu_argmax_kernel.argmax_rows_parallel.stats.cache_hits.values()))
+        print(sum(cpu_argmax_kernel.argmax_part(torch.float32).run.stats.cache_hits.values()))
     """
 
     def cached():
