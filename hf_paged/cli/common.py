@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +44,21 @@ def split_ints(option: str, value: str) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
+def split_numbers(option: str, value: str) -> tuple[float, ...]:
+    """ "0.5,2" as (0.5, 2.0); empty stays empty.
+
+    Raises:
+        ValueError: a part is no number above 0.
+    """
+    try:
+        numbers = tuple(float(part) for part in split_names(value))
+    except ValueError:
+        numbers = (0.0,)
+    if not all(0 < n < float("inf") for n in numbers):
+        raise ValueError(f"{option}={value!r}: must be numbers above 0 with commas between them")
+    return numbers
+
+
 def load_adapters(model: Any, values: Sequence[str], *, activate: bool = True) -> list[str]:
     """Loads the PEFT checkpoints of `--adapter NAME=PATH` options.
 
@@ -80,6 +96,11 @@ def writable(path: Path | None) -> Path | None:
     if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise ValueError(f"cannot write {path}: it must name a file in a folder that exists")
     return path
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, and enough of them for the tables where it is narrow or none."""
+    return max(shutil.get_terminal_size().columns, 120)
 
 
 def quiet_libraries() -> None:

@@ -8,6 +8,7 @@ from hf_paged.cli.bench import bench
 from hf_paged.cli.compare import compare
 from hf_paged.cli.env import env
 from hf_paged.cli.generate import generate
+from hf_paged.cli.report import report
 from hf_paged.cli.run import SETTINGS, run
 from hf_paged.cli.serve import serve
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(compare)
+app.command()(report)
 app.command()(bench)
 app.command()(generate)
 app.command()(serve)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_paged.comparison.arm_budget import TokenBudgetArm
 from hf_paged.comparison.arm_continuous import ContinuousBatchingArm
-from hf_paged.comparison.arm_generate import LoopArm, PaddedArm, PagedLoopArm, TokenBudgetArm
+from hf_paged.comparison.arm_generate import LoopArm, PaddedArm, PagedLoopArm
 from hf_paged.comparison.arms import Arm, ArmContext
 from hf_paged.comparison.equality import compare_outputs
 from hf_paged.comparison.measure import PeakMemory

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from hf_paged.comparison.latency_tables import latency_table, rates_table
 from hf_paged.config import PagedConfig
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def notes(report: CompareReport) -> list[str]:
             lines.append(f"{arm.name}: {_settings(arm.settings)}")
         if arm.runs and arm.runs[0].first_token_note:
             lines.append(f"{arm.name}: first token {arm.runs[0].first_token_note}")
+        if arm.runs and arm.runs[0].latency_note:
+            lines.append(f"{arm.name}: latencies: {arm.runs[0].latency_note}")
         error = arm.median("relative_error")
         if error:
             lines.append(
@@ -65,7 +68,10 @@ def render(report: CompareReport, width: int = 120) -> str:
     """Table and notes as plain text."""
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, no_color=True)
-    console.print(Group(comparison_table(report), *notes(report)))
+    tables = [comparison_table(report), latency_table(report)]
+    if report.rates:
+        tables.append(rates_table(report))
+    console.print(Group(*tables, *notes(report)))
     return buffer.getvalue()
 
 

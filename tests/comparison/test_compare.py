@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged.comparison.arm_generate import LoopArm, PaddedArm, TokenBudgetArm
+from hf_paged.comparison.arm_budget import TokenBudgetArm
+from hf_paged.comparison.arm_generate import LoopArm, PaddedArm
 from hf_paged.comparison.arms import ArmContext
 from hf_paged.comparison.equality import compare_outputs
 from hf_paged.comparison.workloads import Request
