@@ -39,11 +39,8 @@ def throughput(report: Report) -> str:
     if not bars:
         return ""
     chart = bar_chart(bars, title="Output tokens per second of each arm")
-    return _card(
-        "Output tokens per second",
-        chart,
-        "Medians; the thin line goes from the slowest run to the fastest.",
-    )
+    note = "Medians; the thin line goes from the slowest run to the fastest."
+    return _card("Output tokens per second", chart, note, wide=True)
 
 
 def time_charts(report: Report) -> str:

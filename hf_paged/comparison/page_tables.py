@@ -79,7 +79,9 @@ def arm_table(report: Report) -> str:
             cells.append(_or_none(median(r.get(column) for r in arm["runs"]), text))
         cells.append(_equality(report, arm["name"]))
         rows.append(_row(cells, "ours" if arm["name"] == ours(report) else ""))
-    return _table(head, rows) + "".join(f'<p class="note">{escape(line)}</p>' for line in _notes(report))
+    return _table(head, rows, dense=True) + "".join(
+        f'<p class="note">{escape(line)}</p>' for line in _notes(report)
+    )
 
 
 _LATENCIES = (
@@ -242,11 +244,15 @@ def _row(cells: Sequence[str], kind: str = "") -> str:
     return opened + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _table(head: Sequence[str], rows: Sequence[str], text_from: int | None = None) -> str:
+def _table(
+    head: Sequence[str], rows: Sequence[str], text_from: int | None = None, *, dense: bool = False
+) -> str:
+    kind = ' class="dense"' if dense else ""
     titles = "".join(
         f'<th class="text">{escape(h)}</th>'
         if text_from is not None and k >= text_from
         else f"<th>{escape(h)}</th>"
         for k, h in enumerate(head)
     )
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    inside = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table{kind}>{inside}</table></div>'

@@ -32,18 +32,19 @@ _PAGE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink)}
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}
+main{max-width:1320px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:26px;margin:0 0 4px;letter-spacing:-.01em}
 h2{font-size:20px;margin:40px 0 4px}h3{font-size:15px;margin:22px 0 6px}
-p{margin:4px 0 10px;max-width:80ch}.sub{color:var(--muted)}.note{color:var(--muted);font-size:13px}
+p{margin:4px 0 10px;max-width:80ch}.sub{color:var(--muted)}.note{color:var(--muted);font-size:13px;margin:3px 0}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:14px 16px}
 .grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:16px;align-items:start}
-.card h3{margin:0 0 8px}.wide{grid-column:1/-1}.wide svg{max-width:760px}.card .note{margin:8px 0 0}
+.card h3{margin:0 0 8px}.wide{grid-column:1/-1}.wide svg{max-width:640px}.card .note{margin:8px 0 0}
 .scroll{overflow-x:auto;margin:10px 0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:5px 10px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 th{font-weight:600;font-size:13px;color:var(--muted);vertical-align:bottom}th:first-child,td:first-child{text-align:left}
 tr.ours td{font-weight:600}td.text,th.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.dense th,.dense td{padding:4px 6px;font-size:12.5px}
 td small{color:var(--muted);font-weight:400}
 .loss{color:var(--bad);font-weight:600}.win{color:var(--good);font-weight:600}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0;font-size:13px}
