@@ -49,10 +49,15 @@ def create_app(model: Any, tokenizer: Any, config: ServerConfig | None = None, *
         title="hf_paged", version=hf_paged.__version__, docs_url=None, redoc_url=None, lifespan=lifespan
     )
     app.state.hf_paged = state
-    install_handlers(app)
+    install_handlers(app, state.metrics.failed)
     app.include_router(completions.router(state))
     app.include_router(utilities.router(state))
-    app.add_middleware(Guard, keys=config.api_keys, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(
+        Guard,
+        keys=config.api_keys,
+        max_body_bytes=config.max_body_bytes,
+        failed=state.metrics.failed,
+    )
     if config.cors_origins:
         # Outermost: a browser asks for permission without the key.
         app.add_middleware(

@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from hf_paged.server.answers import ChatForm, CompletionForm
 from hf_paged.server.body import openapi_body, read_body
-from hf_paged.server.errors import bad_request
+from hf_paged.server.errors import Route, bad_request
 from hf_paged.server.generate import answer
 from hf_paged.server.protocol import ChatRequest, CompletionRequest
 from hf_paged.server.served_model import ServedModel
@@ -19,7 +19,7 @@ _DEFAULT_MAX_TOKENS = 16
 
 def router(state: ServerState) -> APIRouter:
     """The routes that generate."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=Route)
     served, runs = state.served, state.runs
 
     @routes.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
@@ -34,11 +34,12 @@ def router(state: ServerState) -> APIRouter:
         if body.echo and body.logprobs is not None:
             raise bad_request("echo: not with logprobs: those of the prompt are not computed", "echo")
         texts = _prompts(body)
-        if len(texts) * max(copies, body.best_of or 1) > state.config.max_choices:
+        tried = max(copies, body.best_of or 1)
+        # Before prompts are tokenised and copied.
+        if len(texts) * tried > state.config.max_choices:
             raise bad_request(
-                f"prompt: {len(texts)} prompts × {max(copies, body.best_of or 1)} choices; "
-                f"at most {state.config.max_choices} sequences a request",
-                "n",
+                f"{len(texts)} prompts × {tried} choices: at most {state.config.max_choices} sequences a request",
+                "best_of" if tried > copies else "n" if copies > 1 else "prompt",
             )
         runs.admission.check()
         prompts = await runs.in_thread(_encode, served, body, texts)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from hf_paged.errors import (
@@ -89,16 +91,40 @@ def as_api_error(error: BaseException) -> APIError:
     return APIError(500, "the engine failed while it worked on this request", code="internal_error")
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Makes `app` answer all errors in this form, whoever raises them."""
+class Route(APIRoute):
+    """A route whose every failure is an `APIError`: what else it raises would end the connection."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except HTTPException:
+                raise
+            except Exception as error:
+                raise as_api_error(error) from error
+
+        return handler
+
+
+def install_handlers(app: FastAPI, failed: Callable[[int], None]) -> None:
+    """Makes `app` answer all errors in this form, whoever raises them.
+
+    Args:
+        failed: told the status of each.
+    """
 
     async def api_error(_request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+        answer = as_api_error(error)
+        failed(answer.status)
+        return answer.response()
 
     async def http_error(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         messages = {404: "there is no such route", 405: "this route does not take this method"}
         answer = APIError(error.status_code, messages.get(error.status_code, str(error.detail)))
+        failed(answer.status)
         response = answer.response()
         response.headers.update(error.headers or {})
         return response

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hf_paged.server.errors import APIError
@@ -28,7 +29,10 @@ class Guard:
     whose presence one could otherwise measure.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: tuple[str, ...], max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: tuple[str, ...], max_body_bytes: int, failed: Callable[[int], None]
+    ) -> None:
+        self._failed = failed
         self._app = app
         self._digests = key_digests(keys)
         self._max_body_bytes = max_body_bytes
@@ -53,6 +57,7 @@ class Guard:
             state["cache_salt"] = self._authorize(scope)
             self._check_announced(scope)
         except APIError as error:
+            self._failed(error.status)
             await error.response()(scope, receive, numbered)
             return
         await self._app(scope, self._bounded(receive), numbered)

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 import hf_paged
 from hf_paged.server.body import openapi_body, read_body
-from hf_paged.server.errors import APIError, bad_request
+from hf_paged.server.errors import APIError, Route, bad_request
 from hf_paged.server.metrics import CONTENT_TYPE
 from hf_paged.server.protocol import DetokenizeRequest, TokenizeRequest
 from hf_paged.server.state import ServerState
@@ -17,7 +17,7 @@ from hf_paged.server.state import ServerState
 
 def router(state: ServerState) -> APIRouter:
     """The routes that only look."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=Route)
     served, config = state.served, state.config
 
     @routes.get("/v1/models")
