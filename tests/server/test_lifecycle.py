@@ -152,7 +152,7 @@ def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     command += ["--model-name", "demo", "--api-key-file", str(keys), "--drain-timeout", "20"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while True:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
