@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := pip install --quiet --disable-pip-version-check
 COMPAT := 5.6 5.17
 
-.PHONY: help demo test test-full test-compat test-gpu lint format types bench demo-models clean
+.PHONY: help demo test test-full test-compat test-gpu lint format types bench benchmarks-page demo-models clean
 
 help:
 	@echo "make demo         one model, with and without hf_paged: a table, and compare.json"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint         ruff, rules and format;   make format applies both"
 	@echo "make types        mypy"
 	@echo "make bench        the speed figures of the README on this machine"
+	@echo "make benchmarks-page  docs/benchmarks.md and the README's figures, from benchmarks/results"
 	@echo "make demo-models  train the models in examples/models again (about half an hour)"
 	@echo "make clean        remove environments, caches and build results"
 
@@ -59,6 +60,9 @@ types: $(VENV)/.ready-test
 
 bench: $(VENV)/.ready
 	$(BIN)/hf-paged bench
+
+benchmarks-page: $(VENV)/.ready
+	$(BIN)/python benchmarks/make_page.py
 
 demo-models: $(VENV)/.ready
 	@set -e; for family in gpt2 gpt_bigcode llama; do \

@@ -24,7 +24,7 @@ _INK = {
 }
 _CHART = """
 svg{font:13px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;max-width:100%;height:auto;display:block}
-.label,.value{fill:var(--ink)}.tick,.axis,.muted{fill:var(--muted)}.tick{font-size:12px}.axis{font-size:12px}
+.label,.value,.heading{fill:var(--ink)}.heading{font-weight:600}.tick,.axis,.muted{fill:var(--muted)}.tick{font-size:12px}.axis{font-size:12px}
 .value{font-variant-numeric:tabular-nums}.grid{stroke:var(--rule);fill:none}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.whisker{stroke:var(--ink);stroke-width:1.5;opacity:.55}
 """

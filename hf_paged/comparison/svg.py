@@ -21,11 +21,14 @@ _LABEL_WIDTH = 190
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar. `style` is the class that colours it, `note` comes after the value, `spread` is a whisker."""
+    """One bar. `style` is the class that colours it, `note` comes after the value, `spread` is a whisker.
+
+    With style "heading" it is no bar but a line of text over those that follow.
+    """
 
     label: str
     style: str
-    value: float
+    value: float = 0.0
     note: str = ""
     spread: tuple[float, float] | None = None
 
@@ -57,6 +60,9 @@ def bar_chart(
     parts = []
     for row, bar in enumerate(bars):
         y = row * _ROW + 4
+        if bar.style == "heading":
+            parts.append(f'<text class="heading" x="0" y="{y + 18}">{escape(bar.label)}</text>')
+            continue
         width = max(bar.value / most * room, 1)
         middle = y + (_ROW - 8) / 2
         end = width
