@@ -27,7 +27,8 @@ class Crank:
 
     def __init__(self, loop: StepLoop) -> None:
         self._loop = loop
-        self._mutex = threading.Lock()
+        # Reentrant: the garbage collector may run in any line here, and drop a cache whose blocks go back.
+        self._mutex = threading.RLock()
         self._idle = threading.Condition(self._mutex)
         self._inbox: deque[Callable[[], object]] = deque()
         self._held = False  # somebody is turning
@@ -79,6 +80,12 @@ class Crank:
         call.cancelled = True
         if not call.done.is_set():
             self.call_soon(end)
+
+    def drop(self, call: Call) -> None:
+        """As `cancel`, at the next step; takes no lock, so that a finalizer may call it anywhere."""
+        call.cancelled = True
+        if not call.done.is_set():
+            self._loop.dropped.append(call)
 
     def call_soon(self, action: Callable[[], object]) -> None:
         """Runs `action` at the next step boundary; at once, here, when nobody turns."""
@@ -170,6 +177,8 @@ class Crank:
                 if self._inbox or self._loop.has_work:
                     continue
                 self._loop.went_idle()
+                if self._inbox:  # left by the garbage collector
+                    continue
                 self._held = False
                 self._thread = None
                 self._idle.notify_all()
@@ -184,10 +193,11 @@ class Crank:
     def _let_go(self) -> None:
         """A caller stops turning: an engine thread goes on if anything is left."""
         with self._mutex:
+            if not self._inbox and not self._loop.has_work:
+                self._loop.went_idle()
             if self._inbox or self._loop.has_work:
                 self._start_thread()
                 return
-            self._loop.went_idle()
             self._held = False
             self._hand_over = False
             self._idle.notify_all()

@@ -24,7 +24,13 @@ from hf_paged.engine.crank import Crank
 from hf_paged.engine.loop import StepLoop
 from hf_paged.engine.request import Call, Sequence
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
-from hf_paged.engine.weights import Samples, adapters_version, watch_optimizers, weights_version
+from hf_paged.engine.weights import (
+    Samples,
+    adapters_version,
+    optimizer_steps,
+    watch_optimizers,
+    weights_version,
+)
 from hf_paged.errors import EngineStateError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -61,7 +67,7 @@ class PagedEngine:
         self.replaced_generate: Any = None  # the instance's own `generate` before that
         self._loop = StepLoop(model, patch, config)
         self._crank = Crank(self._loop)
-        self._weights: bytes | None = None
+        self._weights: tuple[bytes, int] | None = None
         self._samples = Samples()
         self._closed = False
 
@@ -96,11 +102,14 @@ class PagedEngine:
             salt: prefixes are only shared between calls of one salt, besides `cache_salt` of the config.
         """
         version = weights_version(self.model, self._samples)
-        if version != self._weights:
+        # Optimizers that work on copies (master weights) may leave no other trace than that they ran.
+        steps = optimizer_steps()
+        if (version, steps) != self._weights:
             if self._weights is not None:
                 self.invalidate()
-            self._weights = version
-        salts = repr((self.config.cache_salt, salt)).encode()
+            self._weights = (version, steps)
+        salts = repr((self.config.cache_salt, salt, steps)).encode()
+        # `WeightsGuard` compares how they begin.
         return {
             s: b"\0".join((version, adapters_version(self.model, None if s is None else s.names), salts))
             for s in set(selections)
@@ -136,6 +145,10 @@ class PagedEngine:
     def cancel(self, call: Call) -> None:
         """Ends `call` at the next step boundary; its blocks go back then."""
         self._crank.cancel(call)
+
+    def drop(self, call: Call) -> None:
+        """As `cancel`, for a call nobody can ask for any more; may be called by a finalizer."""
+        self._crank.drop(call)
 
     def drain(self) -> None:
         """Returns when every call taken up so far has ended."""

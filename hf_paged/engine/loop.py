@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from hf_paged.engine.request import Call, FinishReason, Sequence, Status
 from hf_paged.engine.runtime import Runtime
 from hf_paged.engine.speculation import Speculator
 from hf_paged.engine.stats import Counters
+from hf_paged.engine.weights_guard import WeightsGuard
 from hf_paged.errors import EngineStateError, InvalidRequestError, RequestCancelledError, WeightsChangedError
 from hf_paged.step import StepPlan
 
@@ -50,7 +52,9 @@ class StepLoop:
         self.calls: dict[Call, None] = {}
         self.assistants: AssistantHost = NoAssistants()  # set by `enable`
         self.speculator = Speculator(lambda model: Assistant(model, self.assistants, config))
+        self.guard = WeightsGuard()
         self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)
+        self.dropped: deque[Call] = deque()  # calls nobody waits for any more
         self.failure: BaseException | None = None  # what the last step or the turning of it failed with
         self.step_started: float | None = None  # `perf_counter()` while the model runs
 
@@ -82,6 +86,11 @@ class StepLoop:
 
     def take_up(self, call: Call) -> None:
         """Called by the crank holder for each new call."""
+        if call.cancelled:
+            error = RequestCancelledError("the request was cancelled")
+            _mark_unfinished(call, error)
+            self._end(call, error)
+            return
         try:
             runtime = self.ready()
             self.speculator.take_up(call)
@@ -102,6 +111,8 @@ class StepLoop:
         runtime = self.runtime
         if runtime is None:
             return
+        while self.dropped:
+            self.fail([self.dropped.popleft()], RequestCancelledError("the request was dropped"))
         start = time.perf_counter()
         if failed := self.speculator.propose(runtime.scheduler):
             for seq, error in failed.items():
@@ -123,7 +134,7 @@ class StepLoop:
             if not self._fail_lost(plan):
                 self.fail(dict.fromkeys(s.call for s in plan.sequences), error)
             return
-        if self._fail_lost(plan):
+        if self._fail_lost(plan) or self._fail_stale(runtime, plan):
             return  # the others' tokens are planned again
         self.failure, self.step_started = None, None
         runtime.stepped()
@@ -146,6 +157,20 @@ class StepLoop:
                 WeightsChangedError(f"adapter {selection} was removed or replaced while a request ran"),
             )
         return bool(lost)
+
+    def _fail_stale(self, runtime: Runtime, plan: StepPlan) -> bool:
+        """Fails the calls whose weights changed since they began: their KV belongs to no state of the model."""
+        stale = dict.fromkeys(s.call for s in self.guard.changed(self.model, plan.sequences))
+        if stale:
+            # One error each: a traceback grows where it is raised.
+            for call in stale:
+                error = WeightsChangedError(
+                    "the model's weights or this request's adapters changed while it ran; "
+                    "change them inside of `with hf_paged.paused(model):`"
+                )
+                self.fail([call], error)
+            runtime.manager.drop_cached()
+        return bool(stale)
 
     def _forward(self, runtime: Runtime, plan: StepPlan) -> Tensor:
         if plan.block_copies:
@@ -249,11 +274,7 @@ class StepLoop:
                 continue
             if self.runtime is not None:
                 self.runtime.scheduler.remove(call.sequences)
-            cancelled = isinstance(error, RequestCancelledError)
-            for seq in call.sequences:
-                if seq.finish_reason is None:
-                    seq.finish_reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
-                    seq.num_kept = seq.num_generated
+            _mark_unfinished(call, error)
             call.error = error
             self._complete(call)
 
@@ -339,6 +360,7 @@ class StepLoop:
 
     def went_idle(self) -> None:
         """Called by the crank holder when nothing is left to run."""
+        self.guard.forget()
         if self.runtime is not None:
             self.runtime.went_idle()
 
@@ -364,3 +386,12 @@ class StepLoop:
         if self.runtime is not None:
             self.runtime.close()
             self.runtime = None
+
+
+def _mark_unfinished(call: Call, error: BaseException) -> None:
+    """Says of the sequences that had not finished how they ended."""
+    cancelled = isinstance(error, RequestCancelledError)
+    for seq in call.sequences:
+        if seq.finish_reason is None:
+            seq.finish_reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
+            seq.num_kept = seq.num_generated

@@ -1,9 +1,9 @@
 """Noticing that weights changed, so that KV computed with old ones is never used with new ones.
 
 `_version` alone misses fused optimizers, `.data` edits and adapter merges, so the version also covers storage
-addresses, a counter raised after every optimizer step of the process, a sample of values of each tensor, and
-what is merged. Adapters have versions of their own: loading or changing one leaves prefixes of the others and
-of the base model.
+addresses, the optimizer steps each tensor took part in, a sample of values of each tensor, and what is merged.
+`optimizer_steps` counts those of the whole process, for optimizers that work on copies. Adapters
+have versions of their own: loading or changing one leaves prefixes of the others and of the base model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hf_paged.engine.adapters import adapter_facts, base_modules, containers, entries, is_adapter_layer
 
 _optimizer_steps = 0
+_steps_of: dict[int, int] = {}  # id of a tensor -> optimizer steps it took part in
 _hook_lock = threading.Lock()
 _hook_installed = False
 
@@ -40,9 +41,17 @@ def watch_optimizers() -> None:
             _hook_installed = True
 
 
-def _count_step(*_args: Any) -> None:
+def _count_step(optimizer: Any, *_args: Any) -> None:
     global _optimizer_steps
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            _steps_of[id(tensor)] = _steps_of.get(id(tensor), 0) + 1
     _optimizer_steps += 1
+
+
+def optimizer_steps() -> int:
+    """Steps of all optimizers of this process since `watch_optimizers`."""
+    return _optimizer_steps
 
 
 def weights_version(model: nn.Module, samples: Samples | None = None) -> bytes:
@@ -110,7 +119,13 @@ class Samples:
                 continue
             address, dtype = tensor.data_ptr(), tensor.dtype
             facts.extend(
-                (key, address, -1 if tensor.is_inference() else tensor._version, hash((dtype, device)))
+                (
+                    key,
+                    address,
+                    -1 if tensor.is_inference() else tensor._version,
+                    hash((dtype, device)),
+                    _steps_of.get(key, 0),
+                )
             )
             identity = (address, tensor.numel(), dtype)
             entry = known.get(key)
@@ -144,7 +159,6 @@ def _numbers(tensor: Tensor) -> bytes:
 
 def _digest(tensors: list[Tensor], others: object, samples: Samples | None) -> bytes:
     facts = (samples or Samples()).read(tensors)
-    facts.append(_optimizer_steps)
     digest = hashlib.sha256(facts.tobytes())
     digest.update(repr(others).encode())
     return digest.digest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ __all__ = ["GenerationResult", "RequestHandle", "RequestMetrics"]
 
 
 class RequestHandle:
-    """One submitted request. It makes progress unwaited, and dropping the handle cancels nothing.
+    """One submitted request. It makes progress unwaited. When nobody holds the handle any more, and nobody
+    iterates over it or awaits it, the request is cancelled and its blocks go back at the next step: so
+    `for token in engine.submit(...)` may be left at any time.
 
     for token in handle: ...            # token ids as they come; each iteration starts at the first one
     async for token in handle: ...
@@ -41,12 +44,29 @@ class RequestHandle:
         self._changed = threading.Condition()
         self._watchers: list[Callable[[], object]] = []  # woken by each change
         self._enders: list[Callable[[], object]] = []  # woken by the end
+        #: This handle, once for each event loop that waits for it: a loop holds its tasks weakly.
+        self._holders: list[RequestHandle] = []
 
     def start(self, call: Call) -> None:
         """Hands `call` to the engine. Once, by whoever made the handle."""
-        call.on_token, call.on_finish = self._on_token, self._on_finish
+        # The engine holds the call, and the call must not hold the handle, or nobody could drop it.
+        handle, holders = weakref.ref(self), self._holders
+
+        def on_token(sequence: Sequence, token: int) -> None:
+            alive = handle()
+            if alive is not None:
+                alive._on_token(sequence, token)
+
+        def on_finish(call: Call) -> None:
+            alive = handle()
+            if alive is not None:
+                alive._on_finish(call)
+            holders.clear()
+
+        call.on_token, call.on_finish = on_token, on_finish
         self._call = call
         self._engine.submit(call)
+        weakref.finalize(self, self._engine.drop, call).atexit = False
 
     # --- for users
     # ----------------------------------------------------------------------------------------------------
@@ -146,6 +166,8 @@ class RequestHandle:
 
         with self._changed:
             watchers.append(wake)
+            if not self._ended:
+                self._holders.append(self)
         try:
             while True:
                 event.clear()
@@ -158,6 +180,8 @@ class RequestHandle:
         finally:
             with self._changed:
                 watchers.remove(wake)
+                if self._holders:
+                    self._holders.pop()
 
     @property
     def _started(self) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import hf_paged
+from hf_paged.engine import registry
 from hf_paged.errors import FallbackError, InvalidRequestError, RequestCancelledError
 from tests.helpers import make_model, random_prompts
 
@@ -186,3 +188,53 @@ def test_a_lower_priority_number_goes_first(model: Any) -> None:
         thread.join(30)
     assert handles["early"].result().metrics.queued < handles["late"].result().metrics.queued
     first.result()
+
+
+@pytest.mark.parametrize("how", ["loop left", "handle dropped", "never looked at", "async loop left"])
+def test_what_nobody_can_ask_for_any_more_gives_its_blocks_back(model: Any, how: str) -> None:
+    engine, client = registry.get(model), hf_paged.engine(model)
+    witness = client.submit(PROMPTS[3], **LONG)
+    if how == "loop left":
+        for _token in client.submit(PROMPTS[0], **LONG):
+            break
+    elif how == "handle dropped":
+        handle = client.submit(PROMPTS[0], **LONG)
+        next(iter(handle))
+        del handle
+    elif how == "never looked at":
+        client.submit(PROMPTS[0], **LONG)
+    else:
+        asyncio.run(_first_of(client))
+    dropped = next((c for c in engine._loop.calls if c is not witness._call), None)
+    seen = 0 if dropped is None else dropped.sequences[0].num_generated
+    while dropped is not None and not dropped.done.is_set():
+        assert not witness.done, "the dropped request ran on to its end"
+    if dropped is not None:
+        assert isinstance(dropped.error, RequestCancelledError)
+        assert not dropped.sequences[0].block_table
+        assert dropped.sequences[0].num_generated - seen <= 1, "no more than the step that was running"
+    assert witness.result(timeout=30).token_ids == expected(PROMPTS[3], **LONG)
+    assert hf_paged.stats(model).generated_tokens < 2 * 110
+
+
+async def _first_of(client: Any) -> None:
+    async for _token in client.submit(PROMPTS[0], **LONG):
+        break
+
+
+def test_a_handle_awaited_by_a_task_nobody_holds_is_not_dropped(model: Any) -> None:
+    results: list[Any] = []
+
+    async def follow() -> None:
+        results.append(await hf_paged.engine(model).submit(PROMPTS[0], **LONG))
+
+    async def main() -> None:
+        asyncio.get_running_loop().create_task(follow())
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+            gc.collect()
+        while not results:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert results[0].token_ids == expected(PROMPTS[0], **LONG)
