@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 from hf_paged.engine.stats import EngineStats
 from hf_paged.server.admission import Admission
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.errors import bad_request
+from hf_paged.server.grammar_request import grammar_request
+from hf_paged.server.grammars import Grammars
 from hf_paged.server.logits import Grammar
 from hf_paged.server.metrics import Metrics
 from hf_paged.server.protocol import Sampling
@@ -37,6 +38,7 @@ class ServerState:
         self.vocabulary = Vocabulary(tokenizer)
         self.metrics = Metrics(config.model_names[0], self._stats, vllm_names=config.vllm_metric_names)
         self.runs = Runs(self.served, Admission(config), self.metrics)
+        self.grammars = Grammars(self.served, config)
         self._trial = asyncio.Lock()
 
     def _stats(self) -> EngineStats | None:
@@ -49,11 +51,11 @@ class ServerState:
         Raises:
             APIError: 400.
         """
-        for name in ("response_format", "structured_outputs"):
-            value = getattr(body, name)
-            if value is not None and getattr(value, "type", None) != "text":
-                raise bad_request(f"{name}: this server does not support this field", name)
-        return None
+        request = grammar_request(body, self.config.max_grammar_bytes)
+        if request is None:
+            return None
+        # Not in the threads that submit: compiling may take its whole time limit.
+        return self.grammars.get(request) or await asyncio.to_thread(self.grammars.compile, request)
 
     async def trouble(self) -> str | None:
         """Why requests fail now; None if they do not. After a failed step a trial request finds out."""
@@ -83,4 +85,5 @@ class ServerState:
 
     def close(self) -> None:
         """Ends what still runs; no thread is left."""
+        self.grammars.close()
         self.runs.close()
