@@ -16,7 +16,7 @@ from typing import Any
 #: Bytes of address space a compilation may add to what the process has when it is ready.
 _MAX_MEMORY = 2 * 2**30
 #: Characters of white space between two parts of JSON: enough to indent, and a text that ends some day.
-_MAX_WHITESPACE = 64
+_MAX_WHITESPACE = 20
 
 
 def main() -> None:
