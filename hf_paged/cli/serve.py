@@ -42,6 +42,9 @@ def serve(
     request_timeout: Annotated[float, typer.Option(help="Seconds a request may take")] = 600.0,
     queue_timeout: Annotated[float | None, typer.Option(help="Seconds to the first token")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds for running requests after SIGTERM")] = 30.0,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="Lets clients load adapters at run time from folders below this one")
+    ] = None,
     allow_priority: Annotated[bool, typer.Option("--allow-priority", help="Take `priority`")] = False,
     cors_origin: Annotated[list[str] | None, typer.Option(help="For browsers; many times")] = None,
     vllm_metric_names: Annotated[bool, typer.Option("--vllm-metric-names")] = False,
@@ -63,6 +66,7 @@ def serve(
             request_timeout=request_timeout,
             queue_timeout=queue_timeout,
             drain_timeout=drain_timeout,
+            adapter_root=adapter_root,
             allow_priority=allow_priority,
             cors_origins=tuple(cors_origin or ()),
             vllm_metric_names=vllm_metric_names,

@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from pydantic.json_schema import models_json_schema
 
 import hf_paged
-from hf_paged.server import completions, protocol, utilities
+from hf_paged.server import adapters, completions, protocol, utilities
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import install_handlers
 from hf_paged.server.middleware import Guard
@@ -52,6 +52,8 @@ def create_app(model: Any, tokenizer: Any, config: ServerConfig | None = None, *
     install_handlers(app, state.metrics.failed)
     app.include_router(completions.router(state))
     app.include_router(utilities.router(state))
+    if config.adapter_root is not None:
+        app.include_router(adapters.router(state, config.adapter_root))
     app.add_middleware(
         Guard,
         keys=config.api_keys,

@@ -42,7 +42,6 @@ class ServerConfig:
 
     # --- what clients may ask for only if the owner says so
     allow_priority: bool = False  # `priority` of a request
-    allow_chat_templates: bool = False  # `chat_template` of a request
     cors_origins: tuple[str, ...] = ()  # for browsers; none: no CORS headers
 
     # --- adapters
@@ -81,6 +80,13 @@ class ServerConfig:
             length,
             length is None or (type(length) is int and length >= 2),
             "None or an int of at least 2",
+        )
+        root = self.adapter_root
+        self._check(
+            "adapter_root",
+            root,
+            root is None or (isinstance(root, Path) and root.is_dir()),
+            "a folder, as a Path",
         )
         self._check("model_names", self.model_names, bool(self.model_names), "at least one name")
 

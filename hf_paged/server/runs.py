@@ -29,6 +29,11 @@ class Runs:
         self._served = served
         self._metrics = metrics
         self.admission = admission
+        self._open = asyncio.Event()  # jobs may be submitted
+        self._open.set()
+        self._quiet = asyncio.Event()  # none is being submitted
+        self._quiet.set()
+        self._submitting = 0
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="hf_paged-server")
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
@@ -59,13 +64,37 @@ class Runs:
             ticket.release()
 
     async def _submit(self, jobs: list[Job]) -> list[RequestHandle]:
+        while not self._open.is_set():
+            await self._open.wait()
+        loop = asyncio.get_running_loop()
         # Not `run_in_executor`: when this task is cancelled the thread goes on, and what it starts must be stopped.
         submitting = self._threads.submit(self._submit_all, jobs)
+        self._submitting += 1
+        self._quiet.clear()
+        submitting.add_done_callback(lambda _: loop.call_soon_threadsafe(self._submitted))
         try:
             return await asyncio.wrap_future(submitting)
         except asyncio.CancelledError:
             submitting.add_done_callback(_cancel_all)
             raise
+
+    def _submitted(self) -> None:
+        self._submitting -= 1
+        if not self._submitting:
+            self._quiet.set()
+
+    @contextlib.asynccontextmanager
+    async def held_back(self) -> AsyncIterator[None]:
+        """New jobs wait until the block is left: the model may be changed inside, once what runs has ended.
+
+        A job that is prepared before a change and begins after it would fail. One holder at a time.
+        """
+        self._open.clear()
+        try:
+            await self._quiet.wait()
+            yield
+        finally:
+            self._open.set()
 
     def _submit_all(self, jobs: list[Job]) -> list[RequestHandle]:
         handles: list[RequestHandle] = []

@@ -38,6 +38,7 @@ class ServedModel:
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
             raise ConfigError(f"tokenizer={kind}: must be a fast one, which decodes tokens as they come")
+        self.model = model
         self.inner = resolve_model(model)
         self.tokenizer = tokenizer
         self.names = config.model_names
@@ -76,12 +77,16 @@ class ServedModel:
             return None  # merged into the weights: nothing else can be chosen
         return list(current.names) if current is not None and current.names else BASE
 
+    @property
+    def standing(self) -> tuple[str, ...]:
+        """The adapters that the base model's names stand for, of a PEFT checkpoint that is served say."""
+        return tuple(self._base) if isinstance(self._base, list) else ()
+
     def adapters(self) -> list[str]:
         """The adapters that requests can name."""
         engine = self.engine
-        own = self._base if isinstance(self._base, list) else ()
         known = engine.adapters.names() if engine is not None else ()
-        return sorted(name for name in known if name not in own and name not in self.names)
+        return sorted(name for name in known if name not in self.standing and name not in self.names)
 
     def adapter_of(self, name: str | None) -> Any:
         """The adapter choice a request's `model` stands for.
