@@ -86,6 +86,10 @@ class PagedEngine:
         """Most tokens one sequence can hold in this pool."""
         return self._loop.ready().capacity_tokens
 
+    def layer_geometry(self) -> tuple:
+        """Shape, dtype and device of each layer's keys and values, as the model is now."""
+        return self._loop.ready().geometry
+
     def ambient(self) -> Ambient:
         """The calling thread's ambient state, for `Call.ambient`."""
         return Ambient.capture((self._loop.runtime or self._loop.ready()).device.type)

@@ -133,6 +133,15 @@ class KVCache:
         self.release()
         self._views, self._pools, self._closed = [], [], True
 
+    def write(self, block_table: Sequence[int], layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Writes keys and values, each [n, H_kv, D] a layer, into the first n slots of a sequence's blocks."""
+        for (k_cache, v_cache), (keys, values) in zip(self._views, layers, strict=True):
+            blocks = torch.tensor(block_table, dtype=torch.int64, device=k_cache.device)
+            offsets = torch.arange(self.block_size, device=k_cache.device)
+            slots = (blocks[:, None] * self.block_size + offsets).flatten()[: len(keys)]
+            k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, keys)
+            v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, values)
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]], backend: str) -> None:
         """Copies block `src` to block `dst` in all layers, for each (src, dst) of `pairs`."""
         if not pairs:

@@ -173,6 +173,10 @@ class StepLoop:
         return bool(stale)
 
     def _forward(self, runtime: Runtime, plan: StepPlan) -> Tensor:
+        for seq in plan.sequences:
+            if seq.given_kv is not None and not seq.given_kv.in_blocks:
+                runtime.cache.write(seq.block_table, seq.given_kv.layers)
+                seq.given_kv.in_blocks = True
         if plan.block_copies:
             runtime.cache.copy_blocks(plan.block_copies, runtime.backend)
         inputs = batch.build(

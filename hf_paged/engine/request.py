@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_paged.engine.adapters import Selection
+    from hf_paged.engine.given_kv import GivenKV
 
 
 class FinishReason(enum.StrEnum):
@@ -70,6 +71,8 @@ class Sequence:
     arrival: int = -1  # order of admission to the engine; set by the scheduler
     #: Guesses of the tokens that come next: the next step computes them too, and those that prove right are kept.
     draft: list[int] = field(default_factory=list)
+    #: Keys and values of its first tokens, from outside: they are written into blocks instead of computed.
+    given_kv: GivenKV | None = None
     drafting: Any = None  # what `engine.speculation` remembers of it
 
     @property

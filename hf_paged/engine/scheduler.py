@@ -157,6 +157,10 @@ class Scheduler:
             if not self.manager.attach_prefix(seq):
                 continue
             hit = seq.num_computed
+            if seq.given_kv is not None:
+                # Its namespace is None: nothing was found. The loop writes them before the step.
+                seq.given_kv.in_blocks = False
+                seq.num_computed = seq.given_kv.num_tokens
             if not _num_missing(seq):
                 seq.num_computed -= (
                     1  # a row that only wants its KV back, and found it all: one token makes a step

@@ -65,7 +65,9 @@ def paged_generate(
         return original(*args, **kwargs)
 
     def decode(method: str, /, *loop_args: Any, **loop_kwargs: Any) -> Any:
-        return _decode(model, engine, Prepared.of(method, *loop_args, **loop_kwargs))
+        prepared = Prepared.of(method, *loop_args, **loop_kwargs)
+        prepared.user_cache = kwargs.get("past_key_values")
+        return _decode(model, engine, prepared)
 
     view = make_view(model, decode)
     try:

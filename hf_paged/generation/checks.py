@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from hf_paged.engine import sampling
-from hf_paged.generation import speculation
+from hf_paged.generation import given_cache, speculation
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.prepared import Prepared, argument
+from hf_paged.generation.returned_cache import UnfilledCache, fill
 from hf_paged.generation.view import DECODING_METHODS, GenerativeModel
 from hf_paged.step import current_step
 
@@ -102,9 +103,11 @@ def early_reasons(
         found.append(reason("synced_gpus"))
     if given("negative_prompt_ids") is not None or given("negative_prompt_attention_mask") is not None:
         found.append(reason("negative_prompt"))
-    # A cache of the user's is filled in place, even one that is empty.
-    if given("past_key_values") is not None:
-        found.append(reason("past_key_values"))
+    cache = given("past_key_values")
+    if isinstance(cache, UnfilledCache):
+        fill(cache)
+    elif cache is not None and type(cache) is not DynamicCache:
+        found.append(reason("past_key_values", type(cache).__name__))
     # Healing calls generate itself; "paged" is rerouted before any decoding loop.
     healing, cache = (_option(model, kwargs, given, n) for n in ("token_healing", "cache_implementation"))
     if healing:
@@ -142,6 +145,8 @@ def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared
         code = _METHOD_REASONS.get(prepared.method)
         return [reason(code) if code else reason("hub_decoding", prepared.method)]
     found = [*_mode_reasons(prepared), *_option_reasons(prepared), *_kwargs_reasons(prepared)]
+    if not found and (text := given_cache.problem_with(engine, prepared)) is not None:
+        found.append(reason("past_key_values", text))
     if prepared.method == speculation.METHOD:
         found += speculation.speculation_reasons(engine, prepared)
     inputs = list(_input_reasons(engine, model, prepared))
@@ -201,11 +206,8 @@ def _kwargs_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     if (
         cache is not None
         and not asked_for
-        and (
-            type(cache) is not DynamicCache
-            or getattr(cache, "_is_user_defined", False)
-            or cache.get_seq_length()
-        )
+        and prepared.given_cache is None
+        and type(cache) is not DynamicCache
     ):
         yield reason("past_key_values")
     if kwargs.get("inputs_embeds") is not None:
@@ -278,7 +280,14 @@ def length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[Fallback
     for code, most in (("position_limit", engine.position_limit), ("rope_limit", engine.rope_limit)):
         if most is not None and positions > most:
             yield reason(code, f"{positions} positions, limit {most}")
-    if (capacity := engine.capacity_tokens()) < longest + prepared.max_new_tokens:
+    capacity = engine.capacity_tokens()
+    if prepared.config.return_dict_in_generate or prepared.given_cache is not None:
+        # Keys and values of all rows stay to the end.
+        size = engine.config.block_size
+        together = len(prepared.input_ids) * -(-(longest + prepared.max_new_tokens) // size) * size
+        if capacity < together and longest + prepared.max_new_tokens <= capacity:
+            yield reason("kv_budget", f"{together} tokens of all rows, room for {capacity}")
+    if capacity < longest + prepared.max_new_tokens:
         yield reason("kv_budget", f"{longest + prepared.max_new_tokens} tokens, room for {capacity}")
 
 

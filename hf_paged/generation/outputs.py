@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from hf_paged.generation.given_cache import fill_on
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.requests import pad_token_id
 from hf_paged.generation.returned_cache import UnfilledCache
@@ -40,15 +41,19 @@ def assemble(engine: PagedEngine, prepared: Prepared, call: Call) -> Tensor | Ge
     """What upstream's `_sample` returns for the same call."""
     sequences = sequences_tensor(prepared, call)
     config = prepared.config
+    given = prepared.given_cache
+    if given is not None:
+        fill_on(given, engine, call)
+        engine.release_kv(call)
     if not config.return_dict_in_generate:
         return sequences
-    cache = prepared.model_kwargs.get("past_key_values")
+    cache = prepared.model_kwargs.get("past_key_values") if given is None else None
     spec = call.sampling
     fields: dict[str, Any] = {
         "sequences": sequences,
         "scores": _on(spec.take_scores(), sequences.device) if config.output_scores else None,
         "logits": _on(spec.take_logits(), sequences.device) if config.output_logits else None,
-        "past_key_values": None if cache is None else UnfilledCache(cache, engine, call),
+        "past_key_values": given if cache is None else UnfilledCache(cache, engine, call),
     }
     return GenerateDecoderOnlyOutput(**fields)
 

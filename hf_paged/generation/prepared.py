@@ -39,6 +39,7 @@ class Prepared:
     synced_gpus: bool
     streamer: Any
     model_kwargs: dict[str, Any]
+    user_cache: Any = None  # `past_key_values` as the user gave it
 
     @classmethod
     def of(cls, method: str, *args: Any, **kwargs: Any) -> Prepared:
@@ -72,6 +73,15 @@ class Prepared:
         return max(1, math.ceil(self.max_length) - self.input_ids.shape[1])
 
     @property
+    def given_cache(self) -> Any:
+        """The cache the user gave, which is to be filled on in place; None for one that upstream made."""
+        cache = self.model_kwargs.get("past_key_values")
+        if cache is None or cache is self.user_cache:
+            return cache
+        ours = not getattr(cache, "_is_user_defined", False) and not cache.get_seq_length()
+        return None if ours else cache
+
+    @property
     def attention_mask(self) -> Tensor | None:
         return self.model_kwargs.get("attention_mask")
 
@@ -88,7 +98,9 @@ def prepare(model: GenerativeModel, args: Sequence[Any], kwargs: Mapping[str, An
         Exception: whatever upstream raises for these arguments.
     """
     view = make_view(model, Prepared.of)
-    return type(view).generate(view, *args, **kwargs)
+    prepared: Prepared = type(view).generate(view, *args, **kwargs)
+    prepared.user_cache = argument(model, args, kwargs, "past_key_values")
+    return prepared
 
 
 def argument(model: GenerativeModel, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:

@@ -12,6 +12,7 @@ from hf_paged.engine.draws import Draws, LockstepDraws
 from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import LogitsEdit, SamplingSpec
 from hf_paged.generation.checks import num_prompt_tokens
+from hf_paged.generation.given_cache import given_kv
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.speculation import speculation_of
 
@@ -46,6 +47,7 @@ def build_call(
     config, ids = prepared.config, prepared.input_ids
     num_rows = len(ids)
     outputs = outputs and bool(config.return_dict_in_generate)
+    filled_on = prepared.given_cache is not None
     if config.do_sample and draws is None:
         draws = LockstepDraws(num_rows)
     spec = SamplingSpec(
@@ -67,22 +69,26 @@ def build_call(
         ambient=engine.ambient(),
         namespace=namespaces[adapters[0]],
         priority=priority,
-        run_on=outputs or rows_go_on(prepared),
-        keep_kv=outputs,
+        run_on=outputs or filled_on or rows_go_on(prepared),
+        keep_kv=outputs or filled_on,
         speculation=speculation_of(prepared),
     )
     copies = config.num_return_sequences or 1
     rows = zip(ids.tolist(), num_prompt_tokens(prepared).tolist(), strict=True)
     for row, (tokens, length) in enumerate(rows):
         first = row - row % copies
+        given = given_kv(prepared, row, len(tokens) - length)
         sequence = call.add_row(
             tokens[len(tokens) - length :],
             prepared.max_new_tokens,
             num_pad=len(tokens) - length,
-            fork_of=first if first != row else None,
+            fork_of=first if first != row and given is None else None,
         )
         sequence.adapters = adapters[row]
         sequence.own_namespace = namespaces[adapters[row]]
+        if given is not None:  # nobody else may take its blocks for those of the tokens alone
+            sequence.given_kv = given
+            sequence.own_namespace = call.namespace = None
     return call
 
 

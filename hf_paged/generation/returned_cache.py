@@ -61,7 +61,7 @@ def fill(cache: DynamicCache) -> None:
             return
         empty, engine, call = source
         with torch.inference_mode(False), torch.no_grad():
-            for layer, (keys, values) in enumerate(_gather(engine, call)):
+            for layer, (keys, values) in enumerate(gather(engine, call)):
                 empty.update(keys, values, layer)
         release = cache.__dict__["_release"]
         cache.__dict__.clear()
@@ -80,7 +80,7 @@ def fill_pending(engine: PagedEngine) -> None:
             fill(cache)
 
 
-def _gather(engine: PagedEngine, call: Call) -> list[tuple[Tensor, Tensor]]:
+def gather(engine: PagedEngine, call: Call) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, [rows, H_kv, length, D], left pads zero."""
     layers: list[tuple[Tensor, Tensor]] = []
     length = max(s.num_pad + s.num_computed for s in call.sequences)

@@ -31,6 +31,7 @@ _NOT_FOR_REQUESTS = {
     "inputs": "the prompt is given as token ids",
     "input_ids": "the prompt is given as token ids",
     "attention_mask": "prompts are not padded",
+    "past_key_values": "a cache belongs to one call of generate()",
     "return_dict_in_generate": "the result is a GenerationResult",
     "output_scores": "the result is a GenerationResult",
     "output_logits": "the result is a GenerationResult",
