@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_paged.engine.kv_cache import KVCache
+    from hf_paged.engine.request import Sequence
 
 
 @dataclass(eq=False)
@@ -20,3 +26,12 @@ class GivenKV:
     @property
     def num_tokens(self) -> int:
         return self.layers[0][0].shape[0]
+
+
+def write_given(sequences: Iterable[Sequence], cache: KVCache) -> None:
+    """Writes what sequences came with into the blocks they have now, where that was not done."""
+    for seq in sequences:
+        given = seq.given_kv
+        if given is not None and not given.in_blocks:
+            cache.write(seq.block_table, given.layers)
+            given.in_blocks = True

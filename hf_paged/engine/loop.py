@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_paged.config import PagedConfig
 from hf_paged.engine import batch
 from hf_paged.engine.assistant import Assistant, AssistantHost, NoAssistants
+from hf_paged.engine.given_kv import write_given
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
 from hf_paged.engine.runtime import Runtime
 from hf_paged.engine.speculation import Speculator
@@ -87,9 +88,8 @@ class StepLoop:
     def take_up(self, call: Call) -> None:
         """Called by the crank holder for each new call."""
         if call.cancelled:
-            error = RequestCancelledError("the request was cancelled")
-            _mark_unfinished(call, error)
-            self._end(call, error)
+            call.mark_unfinished(FinishReason.CANCELLED)
+            self._end(call, RequestCancelledError("the request was cancelled"))
             return
         try:
             runtime = self.ready()
@@ -173,10 +173,7 @@ class StepLoop:
         return bool(stale)
 
     def _forward(self, runtime: Runtime, plan: StepPlan) -> Tensor:
-        for seq in plan.sequences:
-            if seq.given_kv is not None and not seq.given_kv.in_blocks:
-                runtime.cache.write(seq.block_table, seq.given_kv.layers)
-                seq.given_kv.in_blocks = True
+        write_given(plan.sequences, runtime.cache)
         if plan.block_copies:
             runtime.cache.copy_blocks(plan.block_copies, runtime.backend)
         inputs = batch.build(
@@ -278,7 +275,8 @@ class StepLoop:
                 continue
             if self.runtime is not None:
                 self.runtime.scheduler.remove(call.sequences)
-            _mark_unfinished(call, error)
+            cancelled = isinstance(error, RequestCancelledError)
+            call.mark_unfinished(FinishReason.CANCELLED if cancelled else FinishReason.ERROR)
             call.error = error
             self._complete(call)
 
@@ -390,12 +388,3 @@ class StepLoop:
         if self.runtime is not None:
             self.runtime.close()
             self.runtime = None
-
-
-def _mark_unfinished(call: Call, error: BaseException) -> None:
-    """Says of the sequences that had not finished how they ended."""
-    cancelled = isinstance(error, RequestCancelledError)
-    for seq in call.sequences:
-        if seq.finish_reason is None:
-            seq.finish_reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
-            seq.num_kept = seq.num_generated

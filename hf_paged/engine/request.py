@@ -149,6 +149,13 @@ class Call:
         self.sequences.append(sequence)
         return sequence
 
+    def mark_unfinished(self, reason: FinishReason) -> None:
+        """Says of the sequences that had not finished how they ended."""
+        for seq in self.sequences:
+            if seq.finish_reason is None:
+                seq.finish_reason = reason
+                seq.num_kept = seq.num_generated
+
     @property
     def unfinished(self) -> bool:
         return any(s.finish_reason is None for s in self.sequences)

@@ -61,6 +61,8 @@ def given_kv(prepared: Prepared, row: int, num_pad: int) -> GivenKV | None:
 
 
 def _of_row(layer: DynamicLayer, row: int, num_pad: int) -> tuple[Tensor, Tensor]:
+    assert layer.keys is not None  # `problem_with` has looked
+    assert layer.values is not None
     keys, values = (x[row, :, num_pad:].detach().transpose(0, 1) for x in (layer.keys, layer.values))
     return keys, values
 
