@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TINY_WEIGHT", "linear", "onednn_is_faster"]
+__all__ = ["least_input", "linear", "onednn_is_faster"]
 
 #: A call takes about 15 us more than torch's own: worth it for weights that do not fit a core's cache, whatever the
 #: number of rows, and for many rows of smaller ones (measured, docs/decisions.md).
 _MIN_WEIGHT, _MIN_WORK = 1 << 18, 3_000_000
-#: Weights so small that no step of usual size has the work.
-TINY_WEIGHT = 1 << 16
+#: Below this MKL is as fast with any number of rows.
+_TINY_WEIGHT = 80_000
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -34,6 +34,13 @@ def onednn_is_faster(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     except (OSError, StopIteration):
         return False
     return "GenuineIntel" not in vendor and _op_works()
+
+
+def least_input(weight: Tensor) -> int | None:
+    """How many numbers an input must have to be worth a product with `weight` [N, K] by `linear`; None: it never is."""
+    if weight.numel() < _TINY_WEIGHT:
+        return None
+    return 0 if weight.numel() >= _MIN_WEIGHT else -(-_MIN_WORK // max(1, weight.shape[0]))
 
 
 def _op_works() -> bool:
@@ -57,7 +64,8 @@ def linear(
         x.dtype is not torch.float32
         or weight.dtype is not torch.float32
         or type(weight) not in _PLAIN_TENSORS
-        or (weight.numel() < _MIN_WEIGHT and x.numel() * weight.shape[0] < _MIN_WORK)
+        or (least := least_input(weight)) is None
+        or x.numel() < least
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or not x.is_contiguous()

@@ -20,7 +20,7 @@ from hf_paged.patches import safety
 from hf_paged.patches.attention import bind, bind_step_forward, is_bound
 from hf_paged.patches.fused import find_fused
 from hf_paged.patches.instance import InstancePatch
-from hf_paged.patches.registry import AttentionShape, PatchSpec
+from hf_paged.patches.registry import PatchSpec
 
 __all__ = ["AppliedPatch", "InstancePatch", "LayerGeometry", "apply"]
 
@@ -51,7 +51,8 @@ class AppliedPatch:
         self.owner = owner
         self._model = weakref.ref(model)
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._shapes: weakref.WeakKeyDictionary[nn.Module, AttentionShape] = weakref.WeakKeyDictionary()
+        #: What was found last, by layer: this is asked several times a call.
+        self._geometry: weakref.WeakKeyDictionary[nn.Module, LayerGeometry] = weakref.WeakKeyDictionary()
         self._patches: list[InstancePatch] = []
         self._forwards: dict[int, Any] = {}
         self._adopted: dict[int, InstancePatch] = {}
@@ -90,9 +91,6 @@ class AppliedPatch:
         default: Tensor | None = None
         geometry = []
         for layer in self.spec.find_attention_layers(model):
-            shape = self._shapes.get(layer)
-            if shape is None:
-                shape = self._shapes[layer] = self.spec.attention_shape(layer)
             weight = getattr(self.spec.key_projection(layer), "weight", None)
             if not isinstance(weight, Tensor) or weight.dtype not in _PLAIN_DTYPES:
                 # A quantised projection: it gives back the dtype it is given, which is that of the
@@ -103,7 +101,12 @@ class AppliedPatch:
             else:
                 dtype = weight.dtype
             device = weight.device if isinstance(weight, Tensor) else _device_of(layer, model)
-            geometry.append(LayerGeometry(shape.num_kv_heads, shape.num_heads, shape.head_dim, dtype, device))
+            known = self._geometry.get(layer)
+            if known is None or known.dtype is not dtype or known.device != device:
+                shape = self.spec.attention_shape(layer)
+                known = LayerGeometry(shape.num_kv_heads, shape.num_heads, shape.head_dim, dtype, device)
+                self._geometry[layer] = known
+            geometry.append(known)
         return geometry
 
     def reasons(self) -> list[tuple[str, str]]:

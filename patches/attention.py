@@ -101,12 +101,14 @@ def bind_step_forward(
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         step = current_step()
-        if step is None or step.owner is not owner:
-            if before is not None:
-                return before(*args, **kwargs)
-            module = _alive(reference)
-            return type(module).forward(module, *args, **kwargs)
-        return in_step(_alive(reference), step, *args, **kwargs)
+        module = reference()
+        if module is None:
+            raise ReferenceError("the module of this forward is gone")
+        if step is not None and step.owner is owner:
+            return in_step(module, step, *args, **kwargs)
+        if before is not None:
+            return before(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
 
     # Not `functools.wraps`: its `__wrapped__` would be the bound method, which keeps the module alive.
     forward.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]
@@ -130,10 +132,3 @@ def forward_slot(module: nn.Module) -> str:
     """
     state = vars(module)
     return "_old_forward" if "_hf_hook" in state and "_old_forward" in state else "forward"
-
-
-def _alive(reference: weakref.ref[nn.Module]) -> nn.Module:
-    module = reference()
-    if module is None:
-        raise ReferenceError("the module of this forward is gone")
-    return module

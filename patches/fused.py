@@ -37,20 +37,30 @@ def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
         # A forward somebody put on the instance is theirs to keep, in a step too.
         if fused is None or vars(module).get(forward_slot(module)) is not None:
             continue
-        if name in _PRODUCTS and module.weight.numel() < cpu_linear.TINY_WEIGHT:
-            continue
-        if class_reason(cls, cls.forward, name) is None:
-            found.append((module, _guarded(fused, cls.forward)))
+        # Known beforehand, so that a small layer of a small model loses no time over it.
+        least = cpu_linear.least_input(_as_linear(module.weight, name)) if name in _PRODUCTS else 0
+        if least is not None and class_reason(cls, cls.forward, name) is None:
+            found.append((module, _guarded(fused, cls.forward, least)))
     return found
 
 
-def _guarded(fused: Callable[[Any, Tensor], Tensor | None], known: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(
+    fused: Callable[[Any, Tensor], Tensor | None], known: Callable[..., Any], least: int
+) -> Callable[..., Any]:
     def in_step(module: nn.Module, step: StepInputs, hidden_states: Tensor) -> Tensor:
         forward = type(module).forward
-        output = fused(module, hidden_states) if forward is known else None
-        return forward(module, hidden_states) if output is None else output
+        if hidden_states.numel() >= least and forward is known:
+            output = fused(module, hidden_states)
+            if output is not None:
+                return output
+        return forward(module, hidden_states)
 
     return in_step
+
+
+def _as_linear(weight: Tensor, name: str) -> Tensor:
+    """The weight [N, K] of the product a class makes."""
+    return weight.t() if name.endswith("Conv1D") else weight
 
 
 def _gelu_tanh(module: Any, hidden_states: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class PatchSpec:
     #: model -> the modules whose forward the packed step relies on, each with the class it must descend from
     structure: Callable[[Any], list[tuple[nn.Module, str]]]
     find_attention_layers: Callable[[Any], list[nn.Module]]  # model -> modules in KV-layer order
-    attention_shape: Callable[[Any], AttentionShape]  # attention module -> its shape, read once
+    attention_shape: Callable[[Any], AttentionShape]  # attention module -> its shape
     #: attention module -> what makes the keys; its weight tells dtype and device where it is a plain weight
     key_projection: Callable[[Any], nn.Module]
     #: (attention module, StepInputs, layer number, *args, **kwargs of its forward) -> what that forward returns

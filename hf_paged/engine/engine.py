@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.config import PagedConfig
-from hf_paged.engine.adapters import AdapterHost, Selection
+from hf_paged.engine.adapters import AdapterHost, Selection, base_modules
 from hf_paged.engine.ambient import Ambient
 from hf_paged.engine.assistant import AssistantHost
 from hf_paged.engine.crank import Crank
@@ -105,7 +105,8 @@ class PagedEngine:
             selections: of the sequences; None for what no selection can say.
             salt: prefixes are only shared between calls of one salt, besides `cache_salt` of the config.
         """
-        version = weights_version(self.model, self._samples)
+        modules = tuple(base_modules(self.model))
+        version = weights_version(modules, self._samples)
         # Optimizers that work on copies (master weights) may leave no other trace than that they ran.
         steps = optimizer_steps()
         if (version, steps) != self._weights:
@@ -115,7 +116,7 @@ class PagedEngine:
         salts = repr((self.config.cache_salt, salt, steps)).encode()
         # `WeightsGuard` compares how they begin.
         return {
-            s: b"\0".join((version, adapters_version(self.model, None if s is None else s.names), salts))
+            s: b"\0".join((version, adapters_version(modules, None if s is None else s.names), salts))
             for s in set(selections)
         }
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_paged.engine.adapters import adapter_facts, base_modules, containers, entries, is_adapter_layer
+from hf_paged.engine.adapters import adapter_facts, containers, entries, is_adapter_layer
 
 _optimizer_steps = 0
 _steps_of: dict[int, int] = {}  # id of a tensor -> optimizer steps it took part in
@@ -27,7 +27,7 @@ _hook_lock = threading.Lock()
 _hook_installed = False
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-_UNITS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32}
+_UNITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 #: Values read from each tensor; a change that leaves all of them as they were goes unnoticed unless `_version` tells.
 _SAMPLES = 4
 
@@ -54,15 +54,15 @@ def optimizer_steps() -> int:
     return _optimizer_steps
 
 
-def weights_version(model: nn.Module, samples: Samples | None = None) -> bytes:
+def weights_version(modules: Iterable[nn.Module], samples: Samples | None = None) -> bytes:
     """A digest (32 bytes) that differs when a weight or saved buffer outside of adapters does, or what is merged.
 
-    Cost is a few microseconds a tensor; less with the `samples` of the call before. CUDA values are not sampled
-    here: that would wait for the device.
+    `modules` are those of `adapters.base_modules`. Cost is a few microseconds a tensor; less with the `samples` of the
+    call before. CUDA values are not sampled here: that would wait for the device.
     """
     tensors: list[Tensor] = []
     merged = []
-    for module in base_modules(model):
+    for module in modules:
         state = module.__dict__
         if state["_parameters"]:
             tensors.extend([p for p in state["_parameters"].values() if p is not None])
@@ -76,14 +76,14 @@ def weights_version(model: nn.Module, samples: Samples | None = None) -> bytes:
     return _digest(tensors, merged if any(merged) else None, samples)
 
 
-def adapters_version(model: nn.Module, names: tuple[str, ...] | None) -> bytes:
+def adapters_version(modules: Iterable[nn.Module], names: tuple[str, ...] | None) -> bytes:
     """The same for the adapters `names`: their weights, ranks and scaling in every layer.
 
     With None for all adapters there are, and for which of them are active and disabled, layer by layer.
     """
     tensors: list[Tensor] = []
     facts: list[object] = [names]
-    for layer in base_modules(model):
+    for layer in modules:
         if not is_adapter_layer(layer):
             continue
         if names is None:
@@ -114,8 +114,8 @@ class Samples:
         for tensor in tensors:
             key = id(tensor)
             device = tensor.device
-            if device.type == "meta":
-                facts.append(key)
+            if device.type == "meta" or tensor.layout is not torch.strided:
+                facts.extend((key, -1 if tensor.is_inference() else tensor._version))
                 continue
             address, dtype = tensor.data_ptr(), tensor.dtype
             facts.extend(
@@ -130,7 +130,7 @@ class Samples:
             identity = (address, tensor.numel(), dtype)
             entry = known.get(key)
             if entry is None or entry[0] != identity or not tensor.is_contiguous():
-                if device.type != "cpu" or tensor.layout is not torch.strided:
+                if device.type != "cpu":
                     continue
                 if not address or type(tensor) not in _PLAIN_TENSORS or not tensor.is_contiguous():
                     facts.frombytes(_numbers(tensor))
@@ -144,7 +144,7 @@ class Samples:
 
 def _places(address: int, numel: int, dtype: torch.dtype) -> list[Any]:
     """Objects whose `value` is a number at that moment, as an int."""
-    unit = _UNITS[min(dtype.itemsize, 4)]  # of a wider number the first four bytes
+    unit = _UNITS[min(dtype.itemsize, 8)]  # of a complex number the real part
     stride = max(1, (numel - 1) // _SAMPLES)
     return [unit.from_address(address + i * dtype.itemsize) for i in range(0, numel, stride)[: _SAMPLES + 1]]
 

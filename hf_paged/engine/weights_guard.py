@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from hf_paged.engine.adapters import Selection
+from hf_paged.engine.adapters import Selection, base_modules
 from hf_paged.engine.weights import Samples, adapters_version, optimizer_steps, weights_version
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def versions(model: nn.Module, selection: Selection | None, samples: Samples | None = None) -> bytes:
     """What a namespace begins with: it differs when weights that `selection` runs with do."""
     names = None if selection is None else selection.names
-    return b"\0".join((weights_version(model, samples), adapters_version(model, names), b""))
+    modules = tuple(base_modules(model))
+    return b"\0".join((weights_version(modules, samples), adapters_version(modules, names), b""))
 
 
 class WeightsGuard:
@@ -34,6 +35,7 @@ class WeightsGuard:
 
     def __init__(self) -> None:
         self._samples = Samples()
+        self._running = False  # a step was made since nothing ran
         self._watched: list[Tensor] | None = None
         self._trace = (0, 0)
         self._next_check = 0.0
@@ -58,15 +60,17 @@ class WeightsGuard:
 
     def forget(self) -> None:
         """Nothing runs any more: holds no tensor."""
-        self._watched = None
+        self._watched, self._running = None, False
 
     def _is_due(self, model: nn.Module) -> bool:
+        if not self._running:
+            # Most calls of one step end here. Between the start of a call and now anything may have happened.
+            self._running = True
+            self._next_check = time.perf_counter() + self._FIRST_AFTER_S
+            return False
         if self._watched is None:
             self._watched = [p for p in model.parameters() if not p.is_inference()]
             self._trace = self._look()
-            # Between the start of a call and here anything may have happened.
-            self._next_check = time.perf_counter() + self._FIRST_AFTER_S
-            return False
         trace = self._look()
         if trace != self._trace:
             self._trace = trace

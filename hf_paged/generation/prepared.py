@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hf_paged.generation.view import GenerativeModel, make_view
 
@@ -87,7 +87,11 @@ class Prepared:
 
     def run_upstream(self, model: GenerativeModel) -> Any:
         """The original decoding loop on the real model, with the very arguments it would have got."""
-        return getattr(type(model), self.method)(model, *self.args, **self.kwargs)
+        kwargs = dict(self.kwargs)
+        if self.config.use_cache and kwargs.get("past_key_values") is None:
+            # The view left it out. `_sample` gets an equal one from the first forward; the other loops expect it.
+            kwargs["past_key_values"] = DynamicCache(config=model.config.get_text_config(decoder=True))
+        return getattr(type(model), self.method)(model, *self.args, **kwargs)
 
 
 def prepare(model: GenerativeModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Prepared:
