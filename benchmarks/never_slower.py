@@ -1,8 +1,9 @@
 """No case where enabling makes `generate` slower or larger: a grid of batches, prompts and lengths.
 
 Models {demo LLaMA, 5 M, 124M} × batch {1, 4, 16, 32} × equal prompts {16, 256} × new tokens {1, 16, 128};
-each case is plain and enabled `generate` in turn, the latter after a call of one token (what a first call costs is
-in `import_time.py`). Targets: every median ratio of speed ≥ 0.95 of plain, peak memory of the process ≤ 1.05 of plain. Rows are written as they come; --resume goes on where a run ended.
+each case is plain and enabled `generate` in turn, the latter after a call of one token (what a first call costs is in
+`import_time.py`). Targets: every median ratio of speed ≥ 0.95 of plain, peak memory of the process ≤ 1.05 of plain.
+Rows are written as they come; --resume goes on where a run ended.
 
     python benchmarks/never_slower.py [--models llama-demo,gpt2-5m,gpt2-124m] [--repeats 3] [--json FILE]
     [--resume]
@@ -72,7 +73,9 @@ def run_case(model: Any, batch: int, prompt: int, new_tokens: int, repeats: int)
 def measured(arm: PaddedArm, model: Any) -> tuple[ArmRun, int | None]:
     """A run and the process's peak memory in it. An enabled model has made its pool by then, in a call of one token."""
     with hf_paged.enabled(model) if arm.paged else contextlib.nullcontext():
-        model.generate(torch.tensor([[0]]), attention_mask=torch.tensor([[1]]), max_new_tokens=1, do_sample=False)
+        model.generate(
+            torch.tensor([[0]]), attention_mask=torch.tensor([[1]]), max_new_tokens=1, do_sample=False
+        )
         with PeakMemory(model.device) as peak:
             run = arm.run(lambda count: None)
     return run, peak.total_bytes

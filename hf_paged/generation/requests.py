@@ -29,7 +29,7 @@ def build_call(
     logprobs: int | None = None,
     raw_logprobs: bool = False,
     edit: LogitsEdit | None = None,
-    namespaces: Mapping[Selection | None, bytes] | None = None,
+    namespaces: Mapping[Selection | None, bytes | None] | None = None,
     priority: int = 0,
     outputs: bool = True,
 ) -> Call:
@@ -63,7 +63,9 @@ def build_call(
         raw_logprobs=raw_logprobs,
         edit=edit,
     )
-    namespaces = engine.namespaces(adapters) if namespaces is None else namespaces
+    if namespaces is None:
+        leaves_nothing = _leaves_nothing(engine, prepared, outputs)
+        namespaces = dict.fromkeys(adapters) if leaves_nothing else engine.namespaces(adapters)
     call = Call(
         sampling=spec,
         ambient=engine.ambient(),
@@ -90,6 +92,15 @@ def build_call(
             sequence.given_kv = given
             sequence.own_namespace = call.namespace = None
     return call
+
+
+def _leaves_nothing(engine: PagedEngine, prepared: Prepared, outputs: bool) -> bool:
+    """Whether a call makes one token of a prompt too short to be worth caching.
+
+    It ends with its first step and leaves no KV, so nobody asks which weights it was computed with.
+    """
+    short = prepared.input_ids.shape[1] <= 2 * engine.config.block_size
+    return short and prepared.max_new_tokens == 1 and not outputs
 
 
 def has_eos(prepared: Prepared) -> bool:

@@ -46,6 +46,8 @@ def test_the_decoder_gets_what_upstreams_loop_would_get(family: str, monkeypatch
     monkeypatch.setattr(GenerationMixin, "_sample", loop)
     model.generate(IDS, max_new_tokens=5, do_sample=True, top_p=0.5)
     assert recorder.method == "_sample"
+    # The empty cache is left out, see `view._without_cache`.
+    assert type(upstream.kwargs.pop("past_key_values")).__name__ == "DynamicCache"
     assert recorder.kwargs.keys() == upstream.kwargs.keys()
     assert [type(p) for p in recorder.kwargs["logits_processor"]] == [
         type(p) for p in upstream.kwargs["logits_processor"]
