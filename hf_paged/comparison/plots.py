@@ -71,7 +71,7 @@ def _throughput(axes: Any, report: Report) -> bool:
     bars = axes.barh([a["title"] for a in arms], [rate_of(a) for a in arms], color=[_colour(a) for a in arms])
     axes.bar_label(bars, fmt="%.1f", padding=4)
     axes.margins(x=0.12)
-    axes.set(xlabel="output tokens per second", title=f"{report['model']['name']}, {title_of(report)}")
+    axes.set(xlabel="output tokens per second", title=_title(report))
     _plain(axes)
     return True
 
@@ -89,6 +89,7 @@ def _over_time(axes: Any, report: Report, column: str, unit: float, label: str) 
     for arm in arms:
         values = [v / unit for v in arm["timeline"][column]]
         axes.step(arm["timeline"]["seconds"], values, where="post", color=_colour(arm), label=arm["title"])
+    axes.set_title(_title(report))
     return _finished(axes, bool(arms), "seconds", label)
 
 
@@ -109,6 +110,7 @@ def _latency_by_rate(axes: Any, report: Report) -> bool:
             drawn = True
     if drawn:
         axes.set_yscale("log")
+    axes.set_title(_title(report))
     label = "time to first token, s (dotted: 99th percentile)"
     return _finished(axes, drawn, "requests per second offered", label)
 
@@ -121,6 +123,10 @@ def _finished(axes: Any, drawn: bool, x_label: str, y_label: str) -> bool:
         axes.legend(frameon=False, fontsize="small")
         _plain(axes)
     return drawn
+
+
+def _title(report: Report) -> str:
+    return f"{report['model']['name']}, {title_of(report)}"
 
 
 def _plain(axes: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA_VERSION = 2
+_NUMBER_LIST = re.compile(r"\[\n\s+([-+.\deE]+(?:,\n\s+[-+.\deE]+)*)\n\s+\]")
 
 
 @dataclass
@@ -195,8 +197,10 @@ class CompareReport:
 
 
 def write_json(path: str | Path, data: dict[str, Any]) -> None:
-    """Writes `data` beside `path` and moves it there."""
+    """Writes `data` beside `path` and moves it there. Lists of numbers take one line: a timeline has hundreds."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    # Strings hold no raw line breaks in JSON, so the pattern meets lists only.
+    text = _NUMBER_LIST.sub(lambda m: "[" + " ".join(m[1].split()) + "]", json.dumps(data, indent=2))
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -12,6 +12,7 @@ from hf_paged.comparison.arm_budget import TokenBudgetArm
 from hf_paged.comparison.arm_generate import LoopArm, PaddedArm
 from hf_paged.comparison.arms import ArmContext
 from hf_paged.comparison.equality import compare_outputs
+from hf_paged.comparison.report import write_json
 from hf_paged.comparison.workloads import Request
 from tests.helpers import DEMO_MODELS, EOS, FAMILIES, demo_model, make_model
 
@@ -86,6 +87,20 @@ def test_the_json_has_the_documented_keys(report: hf_paged.CompareReport, tmp_pa
         assert set(arm) == arm_keys
         assert {frozenset(run) for run in arm["runs"]} == {frozenset(run_keys)}
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_lists_of_numbers_take_one_line_and_nothing_is_changed(tmp_path) -> None:
+    data = {
+        "a": [1, -2.5, 3e-09, 1e21],
+        "b": [[1, 2], []],
+        "c": ["[\n  1\n]", "x, y"],
+        "d": [[1], "2"],
+        "e": [True, 1],
+    }
+    write_json(tmp_path / "n.json", data)
+    text = (tmp_path / "n.json").read_text()
+    assert json.loads(text) == data
+    assert '"a": [1, -2.5, 3e-09, 1e+21]' in text
 
 
 def test_the_table_has_a_row_for_each_arm(report: hf_paged.CompareReport) -> None:
