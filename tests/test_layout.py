@@ -45,7 +45,10 @@ RULES = {
     "hf_paged.engine": below("engine", "kernels", *_POLICY, banned=("peft",)),
     "hf_paged.engine.request": below(*_POLICY, banned=_OUTER),
     "hf_paged.engine.block_manager": below("engine.request", *_POLICY, banned=_OUTER),
-    "hf_paged.engine.scheduler": below("engine.request", "engine.block_manager", *_POLICY, banned=_OUTER),
+    "hf_paged.engine.groups": below("engine.request", "engine.block_manager", *_POLICY, banned=_OUTER),
+    "hf_paged.engine.scheduler": below(
+        "engine.request", "engine.block_manager", "engine.groups", *_POLICY, banned=_OUTER
+    ),
     "hf_paged.patches": below("patches", "kernels", *_POLICY),
     "hf_paged.generation": below("generation", "engine", *_POLICY),
     "hf_paged.integrations": below(

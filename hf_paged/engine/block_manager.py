@@ -185,6 +185,28 @@ class BlockManager:
         child.block_keys = parent.block_keys[: num_tokens // self.block_size]
         child.num_computed = num_tokens
 
+    def reassign(self, sequences: list[Sequence], sources: list[int]) -> None:
+        """Gives `sequences[i]` what `sequences[sources[i]]` has computed, all at once; what nobody takes goes back."""
+        had = [(s.block_table, s.block_keys, s.num_computed) for s in sequences]
+        uses = [0] * len(sequences)
+        for source in sources:
+            uses[source] += 1
+        for (table, _, _), count in zip(had, uses, strict=True):
+            if count > 1:
+                for block in table:
+                    self._ref[block] += count - 1
+        for seq, count in zip(sequences, uses, strict=True):
+            if not count:
+                self.free(seq)
+        taken = [False] * len(sequences)
+        for seq, source in zip(sequences, sources, strict=True):
+            table, keys, computed = had[source]
+            # One taker keeps the lists themselves, the others get copies.
+            seq.block_table = list(table) if taken[source] else table
+            seq.block_keys = list(keys) if taken[source] else keys
+            seq.num_computed = computed
+            taken[source] = True
+
     # --- prefix cache -----------------------------------------------------------------------------------------------
 
     def attach_prefix(self, seq: Sequence) -> bool:

@@ -239,6 +239,15 @@ def default_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
+def multinomial_error(probs: Tensor) -> BaseException:
+    """What `torch.multinomial` says to `probs` [vocab]. On the CPU: elsewhere it may kill the process."""
+    try:
+        torch.multinomial(probs.cpu(), 1)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("torch.multinomial accepted probabilities that are not numbers")
+
+
 def _exponential_of_bits(bits: np.ndarray, out: np.ndarray) -> None:
     """Exponential variates into `out`, float32 [n], from `bits`, uint32 [n]. All are finite and > 0.
 

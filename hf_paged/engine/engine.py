@@ -21,8 +21,9 @@ from hf_paged.engine.adapters import AdapterHost, Selection, base_modules
 from hf_paged.engine.ambient import Ambient
 from hf_paged.engine.assistant import AssistantHost
 from hf_paged.engine.crank import Crank
+from hf_paged.engine.groups import most_blocks
 from hf_paged.engine.loop import StepLoop
-from hf_paged.engine.request import Call, Sequence
+from hf_paged.engine.request import Call, Sequence, SequenceGroup
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
 from hf_paged.engine.weights import (
     Samples,
@@ -195,6 +196,18 @@ class PagedEngine:
                     f"a request of {seq.prompt_len} prompt tokens and max_new_tokens={seq.max_new_tokens} needs "
                     f"{total} tokens of KV cache; kv_cache_memory allows {capacity}"
                 )
+        for group in dict.fromkeys(s.group for s in call.sequences if s.group is not None):
+            self._check_group(group, capacity)
+
+    def _check_group(self, group: SequenceGroup, capacity: int) -> None:
+        size = self.config.block_size
+        lengths = [s.prompt_len for s in group.sequences[:: group.num_beams]]
+        needed = size * most_blocks(lengths, group.sequences[0].max_new_tokens, group.num_beams, size)
+        if needed > capacity or len(group.sequences) > self.config.max_num_seqs:
+            raise InvalidRequestError(
+                f"num_beams={group.num_beams}: {len(group.sequences)} beams advance together and need {needed} tokens "
+                f"of KV cache; max_num_seqs is {self.config.max_num_seqs}, kv_cache_memory allows {capacity}"
+            )
 
     # --- kept KV ----------------------------------------------------------------------------------------------------
 

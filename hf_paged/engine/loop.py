@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.config import PagedConfig
-from hf_paged.engine import batch
+from hf_paged.engine import batch, beam_steps
 from hf_paged.engine.assistant import Assistant, AssistantHost, NoAssistants
 from hf_paged.engine.given_kv import write_given
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
@@ -190,13 +190,20 @@ class StepLoop:
         """A next token for each sequence that reached its last one, and for those forked from it just now."""
         sequences = [plan.sequences[i] for i in plan.sample_indices]
         rows = list(itertools.accumulate(plan.logits_counts[:-1], initial=0))
+        beams = {s: row for row, s in zip(rows, sequences, strict=True) if s.group is not None}
+        if beams:
+            self._advance_beams(runtime, logits, beams)
+            others = [(row, s) for row, s in zip(rows, sequences, strict=True) if s.group is None]
+            if not others:
+                return
+            rows, sequences = [row for row, _ in others], [s for _, s in others]
         for row, seq in zip(tuple(rows), tuple(sequences), strict=True):
             if seq.num_generated == 0 and len(seq.call.sequences) > 1:
                 for child in runtime.scheduler.fork_children(seq):
                     sequences.append(child)
                     rows.append(row)
         last = logits
-        if len(rows) > len(plan.sample_indices) or plan.num_drafts:
+        if beams or len(rows) > len(plan.sample_indices) or plan.num_drafts:
             last = logits[torch.tensor(rows, device=logits.device)]
         with sequences[0].call.ambient.enter():
             tokens = runtime.sampler.sample(last, sequences)
@@ -229,6 +236,16 @@ class StepLoop:
         for call, error in failed.items():
             self.fail([call], error)
         self._finish(runtime, [s for s in accepted if s.call not in failed])
+
+    def _advance_beams(self, runtime: Runtime, logits: Tensor, beams: dict[Sequence, int]) -> None:
+        ended, failed = beam_steps.advance(runtime.scheduler, logits, beams)
+        for call, error in failed.items():
+            self.fail([call], error)
+        for group in ended:
+            self.counters.generated_tokens += beam_steps.end(group)
+            self._retire(runtime, group.sequences)
+            if all(s.status is Status.FINISHED for s in group.call.sequences):
+                self._complete(group.call)
 
     def _finish(self, runtime: Runtime, sequences: list[Sequence]) -> None:
         """Ends the sequences whose new token was their last, and the calls whose last sequence ended."""

@@ -59,6 +59,7 @@ class Sequence:
     own_namespace: bytes | None = None
     #: Another sequence of the call with the same prompt: its blocks are forked when its prompt is computed.
     fork_of: Sequence | None = None
+    group: SequenceGroup | None = None  # the beams it is one of
 
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -96,6 +97,36 @@ class Sequence:
         """The tokens a user gets: without what was run on after the finish."""
         end = self.num_tokens if self.num_kept is None else self.prompt_len + self.num_kept
         return self.token_ids[self.prompt_len : end]
+
+
+@dataclass(eq=False)
+class SequenceGroup:
+    """Beams: sequences that take each step together, after which each goes on from one of them.
+
+    Mostly the beams of one prompt; those of all prompts of a call where upstream's batch shows in the result.
+    Before the first choice the beams of a prompt are alike, so only the first of them is computed.
+    """
+
+    call: Call
+    num_beams: int  # of each prompt
+    prompts: list[int]  # their numbers in the call
+    sequences: list[Sequence] = field(default_factory=list)  # prompt after prompt
+    num_steps: int = 0  # choices made so far
+    state: Any = None  # what `engine.beam_state` keeps of it
+    #: Sequence -> (sequence, tokens): whose computed tokens it takes over before its own are computed again.
+    forks: dict[Sequence, tuple[Sequence, int]] = field(default_factory=dict)
+
+    @property
+    def active(self) -> list[Sequence]:
+        """Those that are computed."""
+        return self.sequences if self.num_steps else self.sequences[:: self.num_beams]
+
+    def take(self, sources: list[int], tokens: list[int]) -> None:
+        """A step was made: beam i is now what beam `sources[i]` was, and `tokens[i]`."""
+        histories = [self.sequences[source].token_ids for source in sources]
+        for seq, history, token in zip(self.sequences, histories, tokens, strict=True):
+            seq.token_ids = [*history, token]
+        self.num_steps += 1
 
 
 _call_ids = itertools.count()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_paged.engine import processors as rules
 from hf_paged.engine import stopping
+from hf_paged.engine.draws import multinomial_error
 from hf_paged.engine.processor_rules import Line
 from hf_paged.engine.request import Call, FinishReason, Sequence
 from hf_paged.engine.sampling import SamplingSpec, TokenLogprobs
@@ -164,7 +165,7 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     # A row with a nan, with +inf or with nothing but -inf among its scores is nan throughout; no other is.
     for i, bad in enumerate(torch.isnan(probs[:, 0]).tolist()):
         if bad:
-            errors.setdefault(sequences[i].call, _multinomial_error(probs[i]))
+            errors.setdefault(sequences[i].call, multinomial_error(probs[i]))
     asking: dict[tuple[Call, int], list[int]] = {}
     for i, sequence in enumerate(sequences):
         asking.setdefault((sequence.call, sequence.num_generated), []).append(i)
@@ -189,15 +190,6 @@ def _line(sequence: Sequence) -> Line:
         length=spec.prompt_width + sequence.num_generated,
         history=lambda: spec.history(sequence),
     )
-
-
-def _multinomial_error(probs: Tensor) -> BaseException:
-    """What `torch.multinomial` says to `probs` [vocab]. On the CPU: elsewhere it may kill the process."""
-    try:
-        torch.multinomial(probs.cpu(), 1)
-    except RuntimeError as error:
-        return error
-    raise AssertionError("torch.multinomial accepted probabilities that are not numbers")
 
 
 def _record_logprobs(

@@ -68,6 +68,7 @@ class SamplingSpec:
     logprobs: int | None = None
     raw_logprobs: bool = False
     edit: LogitsEdit | None = None
+    beams: Any = None  # `beam_state.BeamOptions`; `draws` are then by prompt, [beams * vocab] each
 
     #: Records, [row][step]: float32 [vocab] on the device of the model; `token_logprobs` plain numbers.
     scores: list[list[Tensor]] = field(init=False)
@@ -105,6 +106,7 @@ class SamplingSpec:
             or self.output_logits
             or self.logprobs is not None
             or self.edit is not None
+            or self.beams is not None
         )
         self.signature = rules.Signature(self.do_sample, rules.signature(self.processors))
         self.processors = rules.prepare(self.processors)

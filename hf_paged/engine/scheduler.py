@@ -4,7 +4,7 @@ There are no phases. Sequences that need one token (decode) go first, then chunk
 admissions, all within `max_num_batched_tokens`. When blocks run out, the youngest running sequence is
 preempted: its blocks go back and its tokens are computed again later, which the prefix cache often shortens.
 The oldest sequence always advances. Drafted tokens come with their sequence's next one, as long as they take
-nothing that another sequence needs.
+nothing that another sequence needs. Beams come, go and take their steps as one (`engine.groups`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable
 
+from hf_paged.engine import groups
 from hf_paged.engine.block_manager import BlockManager
-from hf_paged.engine.request import Call, Sequence, Status
+from hf_paged.engine.request import Call, Sequence, SequenceGroup, Status
 from hf_paged.step import StepPlan
 
 
 def _is_chunk(seq: Sequence) -> bool:
     return seq.num_computed + 1 < len(seq.token_ids)
+
+
+def _turn(seq: Sequence) -> tuple[bool, bool]:
+    """Single tokens before chunks; beams first, since they take their step together or not at all."""
+    return (_is_chunk(seq), seq.group is None)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
@@ -50,7 +56,8 @@ class Scheduler:
             seq.arrival = self._arrivals
             self._arrivals += 1
             self._ambients[call.ambient] += 1
-            bisect.insort(self.waiting, seq, key=_order)
+            if seq.group is None or seq in seq.group.active:
+                bisect.insort(self.waiting, seq, key=_order)
 
     def remove(self, sequences: Iterable[Sequence], *, keep_blocks: bool = False) -> None:
         """Takes sequences out, whatever their state; their blocks go back unless `keep_blocks`."""
@@ -100,22 +107,28 @@ class Scheduler:
         copies: dict[Sequence, list[tuple[int, int]]] = {}
         budget = self.max_num_batched_tokens
         preempted = False
-        # The sort is stable: single tokens before chunks, each by age.
+        # The sort is stable: by age within a turn.
         candidates = [s for s in self.running if s.call.ambient == ambient and _num_missing(s)]
-        for seq in sorted(candidates, key=_is_chunk):
+        shares = self._group_shares(candidates)
+        for seq in sorted(candidates, key=_turn):
             if budget <= 0:
                 break
             if seq.status is not Status.RUNNING:
                 continue
-            count = min(_num_missing(seq) + self._num_drafts(seq), budget)
+            wanted = (
+                shares.get(seq, 0) if seq.group is not None else _num_missing(seq) + self._num_drafts(seq)
+            )
+            count = min(wanted, budget)
+            if not count:
+                continue
             made = self.manager.allocate(seq, seq.num_computed + count)
             while made is None:
-                victim = self.running[-1]
-                budget += chosen.pop(victim, 0)
-                copies.pop(victim, None)
-                self._preempt(victim)
                 preempted = True
-                if victim is seq:
+                victims = self._preempt(self.running[-1])
+                for victim in victims:
+                    budget += chosen.pop(victim, 0)
+                    copies.pop(victim, None)
+                if seq in victims:
                     break
                 made = self.manager.allocate(seq, seq.num_computed + count)
             if made is not None:
@@ -141,18 +154,44 @@ class Scheduler:
             seq.draft = []
         return len(seq.draft)
 
+    def _group_shares(self, candidates: list[Sequence]) -> dict[Sequence, int]:
+        """What each beam among `candidates` should compute next."""
+        shares: dict[Sequence, int] = {}
+        for group in dict.fromkeys(s.group for s in candidates if s.group is not None):
+            shares |= groups.shares(group, self.manager)
+        return shares
+
+    @property
+    def _num_places(self) -> int:
+        """Sequences that run, and beams that will as soon as their prompt is computed."""
+        return sum(1 if s.group is None or s.group.num_steps else s.group.num_beams for s in self.running)
+
     def _admit(self, ambient: object, chosen: dict, copies: dict, budget: int) -> None:
         """Starts waiting sequences while tokens, places and blocks last."""
         admitted: list[int] = []  # places in `waiting`
+        taken = self._num_places
         for place, seq in enumerate(self.waiting):
-            if budget <= 0 or len(self.running) + len(admitted) >= self.max_num_seqs:
+            if budget <= 0 or taken >= self.max_num_seqs:
                 break
             if seq.call.ambient != ambient or self._will_be_forked(seq) or not _num_missing(seq):
                 continue
+            if seq.group is not None:
+                if seq.status is Status.RUNNING:
+                    continue  # started with its group, a few places before
+                if not self._has_room_for(seq.group, taken):
+                    break
+                started = self._start_group(seq.group, chosen, copies, budget)
+                if started is None:
+                    break
+                if started:
+                    active = seq.group.active
+                    budget -= sum(chosen.get(s, 0) for s in active)
+                    taken += len(seq.group.sequences)
+                    admitted.extend(range(place, place + len(active)))
+                continue
             # One spare block for each running sequence keeps a new one from being preempted at once.
             needed = self.manager.blocks_for(seq.num_tokens) + 1
-            spare = len(self.running) + len(admitted)
-            if spare and needed + spare > self.manager.num_available:
+            if taken and needed + taken > self.manager.num_available:
                 break
             if not self.manager.attach_prefix(seq):
                 continue
@@ -176,9 +215,53 @@ class Scheduler:
             seq.status = Status.RUNNING
             chosen[seq], copies[seq] = count, made
             budget -= count
+            taken += 1
             admitted.append(place)
         for place in reversed(admitted):
             bisect.insort(self.running, self.waiting.pop(place), key=_order)
+
+    def _has_room_for(self, group: SequenceGroup, taken: int) -> bool:
+        """Whether a waiting group may start beside `taken` others; alone it always may: it was checked to fit."""
+        if taken + len(group.sequences) > self.max_num_seqs:
+            return False
+        return not taken or groups.blocks_to_start(group, self.manager) + taken <= self.manager.num_available
+
+    def _start_group(
+        self,
+        group: SequenceGroup,
+        chosen: dict[Sequence, int],
+        copies: dict[Sequence, list[tuple[int, int]]],
+        budget: int,
+    ) -> bool | None:
+        """Starts the active sequences of a waiting group: their first tokens go into `chosen`, `budget` at most.
+
+        Returns:
+            False where it waits for a prefix that another sequence computes, None where there are no blocks for it.
+        """
+        active = group.active
+        if not groups.attach(group, self.manager):
+            return False
+        hits = {s: s.num_computed for s in active}
+        shares = groups.shares(group, self.manager)
+        left = budget if groups.fits(shares, budget) else 0
+        mine: dict[Sequence, int] = {}
+        for seq, share in shares.items():
+            count = min(share, left)
+            made = self.manager.allocate(seq, seq.num_computed + count) if count else []
+            if made is None:
+                for other in active:
+                    self.manager.free(other)
+                return None
+            if count:
+                mine[seq], copies[seq] = count, made
+                left -= count
+        chosen.update(mine)
+        for seq in active:
+            seq.status = Status.RUNNING
+            if not group.num_steps:
+                self.prefix_hit_tokens += hits[seq]
+                seq.num_cached_prompt = hits[seq]
+        return True
 
     def _will_be_forked(self, seq: Sequence) -> bool:
         parent = seq.fork_of
@@ -190,13 +273,17 @@ class Scheduler:
             and parent.status is not Status.FINISHED
         )
 
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self.manager.free(seq)
-        seq.status = Status.WAITING
-        seq.draft = []
-        bisect.insort(self.waiting, seq, key=_order)
+    def _preempt(self, seq: Sequence) -> list[Sequence]:
+        """Takes the blocks of `seq` back, and with it those of its group. Returns all whose blocks went."""
+        preempted = [seq] if seq.group is None else seq.group.active
+        for one in preempted:
+            self.running.remove(one)
+            self.manager.free(one)
+            one.status = Status.WAITING
+            one.draft = []
+            bisect.insort(self.waiting, one, key=_order)
         self.num_preemptions += 1
+        return preempted
 
     # --- after the forward ------------------------------------------------------------------------------------------
 
@@ -224,7 +311,7 @@ class Scheduler:
         for child in parent.call.sequences:
             if child.fork_of is not parent or child.status is not Status.WAITING or child.num_generated:
                 continue
-            if len(self.running) + len(children) >= self.max_num_seqs:
+            if self._num_places + len(children) >= self.max_num_seqs:
                 break
             self.manager.fork(parent, child, parent.prompt_len)
             child.status = Status.RUNNING
@@ -233,6 +320,16 @@ class Scheduler:
             self.waiting.remove(child)
             bisect.insort(self.running, child, key=_order)
         return children
+
+    def regroup(self, group: SequenceGroup, sources: list[int]) -> None:
+        """Beam i of `group` goes on from what beam `sources[i]` has computed; all of them run from now on."""
+        if not group.num_steps:
+            sources = [source - source % group.num_beams for source in sources]
+        self.manager.reassign(group.sequences, sources)
+        for seq in group.sequences:
+            if seq.status is Status.WAITING:
+                seq.status = Status.RUNNING
+                bisect.insort(self.running, seq, key=_order)
 
 
 def _num_missing(seq: Sequence) -> int:

@@ -65,7 +65,9 @@ def select_rows(engine: PagedEngine, prepared: Prepared) -> list[Selection | Non
     names = engine.adapters.row_choices()
     if names is None:
         return [engine.adapters.current()] * rows
-    copies = prepared.config.num_return_sequences or 1
+    copies = prepared.num_copies
+    if prepared.method == "_beam_search" and isinstance(names, list | tuple) and len(names) == rows:
+        names = names[::copies]  # PEFT has named each beam already
     if not isinstance(names, list | tuple) or len(names) * copies != rows:
         raise InvalidRequestError(
             f"adapter_names={names!r}: must be a list with one name for each of the {rows // copies} prompts"

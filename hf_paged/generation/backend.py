@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from hf_paged.engine.beam_search import EntangledBeams
+from hf_paged.engine.draws import default_generator
 from hf_paged.generation.adapters import chosen_rows, select_rows
 from hf_paged.generation.checks import early_reasons, late_reasons
 from hf_paged.generation.fallback import Explanation, FallbackReason, reason, report_fallback
@@ -134,7 +136,18 @@ def _decode(
     if reasons:
         report_fallback(engine, reasons)
         return prepared.run_upstream(model)
-    return _run(engine, prepared)
+    generator = default_generator(prepared.input_ids.device) if prepared.config.do_sample else None
+    state = None if generator is None else generator.get_state()
+    try:
+        return _run(engine, prepared)
+    except EntangledBeams:
+        engine.counters.native_calls -= 1  # it was not one after all
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        report_fallback(
+            engine, [reason("beam_search", "a prompt has no beam to go on with before others are done")]
+        )
+        return prepared.run_upstream(model)
 
 
 def _run(engine: PagedEngine, prepared: Prepared) -> Any:

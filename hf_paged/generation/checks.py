@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from hf_paged.engine import sampling
 from hf_paged.generation import given_cache, speculation
+from hf_paged.generation.beams import beam_reasons, most_tokens
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.prepared import Prepared, argument
 from hf_paged.generation.returned_cache import UnfilledCache, fill
@@ -53,7 +54,6 @@ _LOOP_METHODS = (
     "_has_unfinished_sequences",
 )
 
-_METHOD_REASONS = {"_beam_search": "beam_search"}
 _OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
 #: Keyword arguments of a loop that are checked one by one, or without effect there: tokenizers only serve the
 #: preparation; `labels` come from evaluation loops, and upstream takes them out again before each forward.
@@ -141,9 +141,10 @@ def _overridden(model: GenerativeModel) -> Iterator[str]:
 
 def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared) -> list[FallbackReason]:
     """All reasons of a prepared call; empty when the engine serves it."""
-    if prepared.method not in ("_sample", speculation.METHOD):
-        code = _METHOD_REASONS.get(prepared.method)
-        return [reason(code) if code else reason("hub_decoding", prepared.method)]
+    if prepared.method not in ("_sample", "_beam_search", speculation.METHOD):
+        return [reason("hub_decoding", prepared.method)]
+    if prepared.method == "_beam_search" and prepared.config.num_beams < 1:
+        return [reason("beam_search", f"num_beams={prepared.config.num_beams}")]
     found = [*_mode_reasons(prepared), *_option_reasons(prepared), *_kwargs_reasons(prepared)]
     if not found and (text := given_cache.problem_with(engine, prepared)) is not None:
         found.append(reason("past_key_values", text))
@@ -153,6 +154,8 @@ def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared
     found += inputs
     if (text := sampling.unsupported(prepared.processors, prepared.criteria)) is not None:
         found.append(reason("processors", text))
+    if prepared.method == "_beam_search":
+        found += beam_reasons(model, engine, prepared)
     if not inputs and prepared.input_ids.numel():
         found += length_reasons(engine, prepared)
     return found
@@ -274,21 +277,24 @@ def length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[Fallback
     if limit is None or not math.isfinite(limit):
         yield reason("no_length_limit")
         return
-    longest = int(num_prompt_tokens(prepared).max())
+    lengths = num_prompt_tokens(prepared).tolist()
+    longest = max(lengths)
     # The last token made is never fed back: it needs no position.
     positions = longest + prepared.max_new_tokens - 1
     for code, most in (("position_limit", engine.position_limit), ("rope_limit", engine.rope_limit)):
         if most is not None and positions > most:
             yield reason(code, f"{positions} positions, limit {most}")
-    capacity = engine.capacity_tokens()
-    if prepared.config.return_dict_in_generate or prepared.given_cache is not None:
+    capacity, size = engine.capacity_tokens(), engine.config.block_size
+    needed = longest + prepared.max_new_tokens
+    if prepared.method == "_beam_search":
+        needed = max(needed, most_tokens(prepared, lengths, size))
+    elif prepared.config.return_dict_in_generate or prepared.given_cache is not None:
         # Keys and values of all rows stay to the end.
-        size = engine.config.block_size
-        together = len(prepared.input_ids) * -(-(longest + prepared.max_new_tokens) // size) * size
-        if capacity < together and longest + prepared.max_new_tokens <= capacity:
+        together = len(prepared.input_ids) * -(-needed // size) * size
+        if needed <= capacity < together:
             yield reason("kv_budget", f"{together} tokens of all rows, room for {capacity}")
-    if capacity < longest + prepared.max_new_tokens:
-        yield reason("kv_budget", f"{longest + prepared.max_new_tokens} tokens, room for {capacity}")
+    if capacity < needed:
+        yield reason("kv_budget", f"{needed} tokens, room for {capacity}")
 
 
 def num_prompt_tokens(prepared: Prepared) -> Tensor:

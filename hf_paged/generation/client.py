@@ -90,6 +90,10 @@ class EngineClient:
         if prepared is None:
             listed = "; ".join(map(str, request.reasons))
             raise FallbackError(f"submit serves native requests only: {listed}", request.reasons)
+        if prepared.method == "_beam_search" and (logprobs is not None or logits_edit is not None):
+            raise InvalidRequestError(
+                f"num_beams={prepared.config.num_beams}: logprobs and logits_edit are of single sequences"
+            )
         selection = select(self._engine, adapter)
         draws = None
         if prepared.config.do_sample:
@@ -97,7 +101,7 @@ class EngineClient:
         call = build_call(
             self._engine,
             prepared,
-            [selection],
+            [selection] * prepared.num_copies,
             draws=draws,
             logprobs=logprobs,
             raw_logprobs=raw_logprobs,

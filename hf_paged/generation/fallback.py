@@ -29,7 +29,7 @@ REASONS: dict[str, str] = {
     "nested": "generate was called from within a step of an engine",
     "custom_generate": "custom_generate is given",
     "hub_decoding": "this decoding mode is not one of transformers' own loops",
-    "beam_search": "beam search",
+    "beam_search": "these beams cannot advance together",
     "assisted_decoding": "a kind of assisted decoding that is not served",
     "streamer": "a streamer is given",
     "synced_gpus": "synced_gpus=True",

@@ -125,7 +125,8 @@ def _call(
     namespaces: Mapping[Selection | None, bytes],
 ) -> Call:
     draws = SeededDraws(seed, index) if prepared.config.do_sample else None
-    return build_call(engine, prepared, [selection], draws=draws, outputs=False, namespaces=namespaces)
+    rows = [selection] * prepared.num_copies
+    return build_call(engine, prepared, rows, draws=draws, outputs=False, namespaces=namespaces)
 
 
 def _active_in_model(engine: PagedEngine, selection: Selection | None) -> AbstractContextManager[None]:

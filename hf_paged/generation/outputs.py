@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from hf_paged.generation.beams import assemble_beams, beam_sequences
 from hf_paged.generation.given_cache import fill_on
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.requests import pad_token_id
@@ -25,6 +26,8 @@ def num_steps(call: Call) -> int:
 
 def sequences_tensor(prepared: Prepared, call: Call) -> Tensor:
     """Padded prompts, new tokens, and pads to the longest row: [rows, padded length + steps] int64."""
+    if call.sampling.beams is not None:
+        return beam_sequences(prepared, call)
     steps, pad = num_steps(call), pad_token_id(prepared)
     rows = []
     for sequence in call.sequences:
@@ -37,8 +40,12 @@ def sequences_tensor(prepared: Prepared, call: Call) -> Tensor:
     return torch.cat([ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device)], dim=-1)
 
 
-def assemble(engine: PagedEngine, prepared: Prepared, call: Call) -> Tensor | GenerateDecoderOnlyOutput:
-    """What upstream's `_sample` returns for the same call."""
+def assemble(
+    engine: PagedEngine, prepared: Prepared, call: Call
+) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+    """What upstream's loop returns for the same call."""
+    if call.sampling.beams is not None:
+        return assemble_beams(engine, prepared, call)
     sequences = sequences_tensor(prepared, call)
     config = prepared.config
     given = prepared.given_cache

@@ -82,6 +82,12 @@ class Prepared:
         return None if ours else cache
 
     @property
+    def num_copies(self) -> int:
+        """Rows that each prompt was expanded to: beams, or the sequences to return."""
+        config = self.config
+        return config.num_beams if self.method == "_beam_search" else config.num_return_sequences or 1
+
+    @property
     def attention_mask(self) -> Tensor | None:
         return self.model_kwargs.get("attention_mask")
 

@@ -11,6 +11,7 @@ from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import Draws, LockstepDraws
 from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import LogitsEdit, SamplingSpec
+from hf_paged.generation.beams import advances_whole, beam_options, group_rows
 from hf_paged.generation.checks import num_prompt_tokens
 from hf_paged.generation.given_cache import given_kv
 from hf_paged.generation.prepared import Prepared
@@ -37,7 +38,8 @@ def build_call(
 
     Args:
         adapters: what each row runs with.
-        draws: random numbers of a sampled call; by default the global generator's, in upstream's order.
+        draws: random numbers of a sampled call, of its prompts where these have beams; by default the global
+            generator's, in upstream's order.
         namespaces: from `engine.namespaces`, for many calls at one moment; by default as of now.
         logprobs: how many of the likeliest tokens to report beside the chosen one; None for none.
         raw_logprobs, edit: see `SamplingSpec`.
@@ -48,8 +50,10 @@ def build_call(
     num_rows = len(ids)
     outputs = outputs and bool(config.return_dict_in_generate)
     filled_on = prepared.given_cache is not None
+    beams = beam_options(prepared)
+    copies = prepared.num_copies
     if config.do_sample and draws is None:
-        draws = LockstepDraws(num_rows)
+        draws = LockstepDraws(num_rows if beams is None else num_rows // copies)
     spec = SamplingSpec(
         prompt_ids=ids.cpu(),
         processors=prepared.processors,
@@ -62,6 +66,7 @@ def build_call(
         logprobs=logprobs,
         raw_logprobs=raw_logprobs,
         edit=edit,
+        beams=beams,
     )
     if namespaces is None:
         leaves_nothing = _leaves_nothing(engine, prepared, outputs)
@@ -71,11 +76,10 @@ def build_call(
         ambient=engine.ambient(),
         namespace=namespaces[adapters[0]],
         priority=priority,
-        run_on=outputs or filled_on or rows_go_on(prepared),
+        run_on=beams is None and (outputs or filled_on or rows_go_on(prepared)),
         keep_kv=outputs or filled_on,
         speculation=speculation_of(prepared),
     )
-    copies = config.num_return_sequences or 1
     rows = zip(ids.tolist(), num_prompt_tokens(prepared).tolist(), strict=True)
     for row, (tokens, length) in enumerate(rows):
         first = row - row % copies
@@ -84,13 +88,15 @@ def build_call(
             tokens[len(tokens) - length :],
             prepared.max_new_tokens,
             num_pad=len(tokens) - length,
-            fork_of=first if first != row and given is None else None,
+            fork_of=first if first != row and beams is None and given is None else None,
         )
         sequence.adapters = adapters[row]
         sequence.own_namespace = namespaces[adapters[row]]
         if given is not None:  # nobody else may take its blocks for those of the tokens alone
             sequence.given_kv = given
             sequence.own_namespace = call.namespace = None
+    if beams is not None:
+        group_rows(call, copies, whole=outputs or advances_whole(prepared))
     return call
 
 

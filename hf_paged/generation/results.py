@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hf_paged.engine.beam_state import FinishedBeam, finished_beams
 from hf_paged.engine.request import FinishReason
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class GenerationResult:
         error: what went wrong, with "error" and "cancelled"; `token_ids` are those made before.
         prompt_length: tokens of the prompt.
         cached_length: those of them that were found in the prefix cache.
+        beams: with beam search, the `num_return_sequences` best, the best first: `token_ids` are those of the first.
         logprobs: for each new token its log-probability and the likeliest ones, if they were asked for.
         metrics: times of this request.
     """
@@ -42,13 +44,18 @@ class GenerationResult:
     logprobs: list[TokenLogprobs] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     cached_length: int = 0
+    beams: list[FinishedBeam] | None = None
 
 
 def result_of(call: Call) -> GenerationResult:
-    """The result of a finished call of one row."""
-    (sequence,) = call.sequences
+    """The result of a finished call of one prompt."""
+    sequence = call.sequences[0]
     spec = call.sampling
+    beams = None
     token_ids = sequence.generated_ids
+    if spec.beams is not None and sequence.group is not None:
+        beams = [] if call.error is not None else finished_beams(sequence.group)[0]
+        token_ids = beams[0].token_ids if beams else []
     return GenerationResult(
         token_ids=token_ids,
         finish_reason=str(sequence.finish_reason or FinishReason.ERROR),
@@ -61,6 +68,7 @@ def result_of(call: Call) -> GenerationResult:
             _since(call, call.finished_at),
         ),
         cached_length=sequence.num_cached_prompt,
+        beams=beams,
     )
 
 

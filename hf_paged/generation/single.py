@@ -138,7 +138,8 @@ class RequestPreparer:
 
     def _share(self, prepared: Prepared, options: Hashable, limit: int, length: int) -> None:
         parts = {type(part) for part in (*prepared.processors, *prepared.criteria)}
-        if prepared.max_length != length + limit:
+        # Beam search reads more than its criteria from the config, which is made for one length.
+        if prepared.max_length != length + limit or prepared.method == "_beam_search":
             return
         if parts <= _FREE:
             self._shared[options, None, None] = prepared
@@ -163,7 +164,7 @@ class RequestPreparer:
         except Exception as error:
             raise InvalidRequestError(str(error)) from error
         copies = prepared.config.num_return_sequences or 1
-        if copies > 1:
+        if copies > 1 and prepared.method != "_beam_search":
             raise InvalidRequestError(
                 f"num_return_sequences={copies}: a request gives one sequence. For more, give the prompt "
                 "several times: the prefix cache shares its blocks"

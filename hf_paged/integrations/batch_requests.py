@@ -81,6 +81,8 @@ class BatchRequests:
         for name in _PASSED_OVER:
             if getattr(self._config, name, None) is not None:
                 found.append(FallbackReason(name, f"generate_batch does not know {name}"))
+        if (config.num_beams or 1) > 1:
+            found.append(reason("beam_search", "generate_batch does not know num_beams"))
         if getattr(self._model, "_device_mesh", None) is not None:
             found.append(FallbackReason("tensor_parallel", "the model is split over several devices"))
         if found:

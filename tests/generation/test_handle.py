@@ -147,9 +147,9 @@ def test_logprobs_are_those_of_the_scores(model: Any) -> None:
 
 
 def test_what_is_not_native_is_refused(model: Any) -> None:
-    with pytest.raises(FallbackError, match="beam_search") as caught:
-        hf_paged.engine(model).submit(PROMPTS[0], num_beams=2)
-    assert [reason.code for reason in caught.value.reasons] == ["beam_search"]
+    with pytest.raises(FallbackError, match="use_cache") as caught:
+        hf_paged.engine(model).submit(PROMPTS[0], use_cache=False)
+    assert [reason.code for reason in caught.value.reasons] == ["use_cache"]
 
 
 @pytest.mark.parametrize(

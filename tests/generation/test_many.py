@@ -132,23 +132,23 @@ def test_finish_reasons_and_stop_strings_on_text() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_native_runs_on_the_original(model: Any) -> None:
     plain = make_model("llama")
-    configs = [GenerationConfig(max_new_tokens=6, num_beams=n) for n in (1, 3, 1, 2)]
+    configs = [GenerationConfig(max_new_tokens=6, use_cache=cached) for cached in (True, False, True, False)]
     results = hf_paged.generate_many(model, PROMPTS[:4], generation_config=configs)
     expected = [alone(plain, p, generation_config=c) for p, c in zip(PROMPTS, configs, strict=False)]
     assert tokens(results) == expected
     stats = hf_paged.stats(model)
     assert stats.native_calls == 2
-    assert stats.fallback_calls == {"beam_search": 2}
+    assert stats.fallback_calls == {"use_cache": 2}
     state = torch.get_rng_state()
-    hf_paged.generate_many(model, PROMPTS[:1], max_new_tokens=3, num_beams=2)
+    hf_paged.generate_many(model, PROMPTS[:1], max_new_tokens=3, use_cache=False)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_error_mode_refuses_before_anything_runs() -> None:
     model = make_model("llama")
-    configs = [GenerationConfig(max_new_tokens=6, num_beams=n) for n in (1, 3)]
+    configs = [GenerationConfig(max_new_tokens=6, use_cache=cached) for cached in (True, False)]
     with hf_paged.enabled(model, backend="reference", fallback="error"):
-        with pytest.raises(FallbackError, match=r"inputs\[1\].*beam_search"):
+        with pytest.raises(FallbackError, match=r"inputs\[1\].*use_cache"):
             hf_paged.generate_many(model, PROMPTS[:2], generation_config=configs)
         assert hf_paged.stats(model).requests == 0
 

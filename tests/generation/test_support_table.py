@@ -112,7 +112,7 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
         "max_time": [{"max_time": 10.0}],
         "stop_strings": [{"stop_strings": ["stop", "\n"], "tokenizer": tokenizer}],
         "do_sample": [{"do_sample": True}, {"do_sample": False}],
-        "num_beams": [{"num_beams": 1}, {"num_beams": 3}],
+        "num_beams": [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 1000}],
         "use_mtp": [{"use_mtp": True}],
         "use_cache": [{"use_cache": True}, {"use_cache": False}],
         "cache_implementation": [
@@ -184,7 +184,7 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
         "compile_config": [{"compile_config": CompileConfig()}],
         "disable_compile": [{"disable_compile": True}],
         "continuous_batching_config": [{"continuous_batching_config": None}],
-        "low_memory": [{"low_memory": True}],
+        "low_memory": [{"low_memory": True}, {"low_memory": True, "num_beams": 2}],
         "penalty_alpha": [{"penalty_alpha": 0.6, "top_k": 4, **HUB}, {"penalty_alpha": 0.6, **sampled}],
         "dola_layers": [{"dola_layers": "high", **HUB}],
         "diversity_penalty": [{"diversity_penalty": 1.0}],

@@ -78,16 +78,19 @@ def test_names_only_the_engine_knows_never_get_lost_in_a_fallback() -> None:
     model = hf_paged.enable(two())
     names = ["a", "b", "a", "b"]
     with pytest.raises(hf_paged.FallbackError, match="adapter_names needs the engine"):
-        model.get_base_model().generate(**left_pad(PROMPTS), **GREEDY, adapter_names=names, num_beams=2)
+        model.get_base_model().generate(**left_pad(PROMPTS), **GREEDY, adapter_names=names, use_cache=False)
     still_works(model)
 
 
-def test_beams_with_adapter_names_run_on_peft() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_beams_with_adapter_names(inside: bool) -> None:
+    """`inside`: only the model within is enabled, and PEFT has named the adapter of each beam already."""
     model = two()
     options = left_pad(PROMPTS) | GREEDY | {"adapter_names": ["a", "b", "__base__", "a"], "num_beams": 2}
     expected = model.generate(**options)
-    hf_paged.enable(model, fallback="silent")
-    assert torch.equal(model.generate(**options), expected)
+    hf_paged.enable(model.get_base_model() if inside else model, fallback="error")
+    with native_calls(model):
+        assert torch.equal(model.generate(**options), expected)
 
 
 def test_merged_adapters_cannot_be_chosen() -> None:

@@ -1,0 +1,106 @@
+"""What beam search remembers between the steps of a group, and what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_paged.engine.request import FinishReason, Sequence, SequenceGroup
+
+
+@dataclass(frozen=True)
+class BeamOptions:
+    """What upstream's `_beam_search` takes from its config."""
+
+    num_beams: int
+    num_returned: int  # of each prompt
+    num_candidates: int  # continuations looked at in a step, of each prompt
+    length_penalty: float
+    early_stopping: bool | str
+    max_steps: int  # config.max_length less the padded prompt
+    fill_token: int  # after the end of shorter results
+    do_sample: bool
+
+
+@dataclass(eq=False)
+class BeamState:
+    """Of one group: n prompts of one call, t steps made."""
+
+    running: Tensor  # [n, beams, t] int64
+    running_scores: Tensor  # [n, beams] float32, as all scores
+    running_beams: Tensor  # [n, beams, t] int32: the beam each token was chosen from
+    finished: Tensor  # [n, beams, t], filled up with the fill token
+    finished_scores: Tensor  # [n, beams]
+    finished_beams: Tensor  # [n, beams, t], filled up with -1
+    is_finished: Tensor  # [n, beams] bool
+    may_improve: Tensor  # [n, 1] bool
+    #: Records of each step, [n * beams, vocab] float32.
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, num_prompts: int, num_beams: int, device: torch.device) -> BeamState:
+        shape = (num_prompts, num_beams)
+        running_scores = torch.zeros(shape, device=device)
+        # Else the best token would be taken once for each of the beams, which are still alike.
+        running_scores[:, 1:] = -1e9
+        return cls(
+            torch.zeros((*shape, 0), dtype=torch.int64, device=device),
+            running_scores,
+            torch.zeros((*shape, 0), dtype=torch.int32, device=device),
+            torch.zeros((*shape, 0), dtype=torch.int64, device=device),
+            torch.full(shape, -1e9, device=device),
+            torch.zeros((*shape, 0), dtype=torch.int32, device=device),
+            torch.zeros(shape, dtype=torch.bool, device=device),
+            torch.ones((num_prompts, 1), dtype=torch.bool, device=device),
+        )
+
+
+#: The tensors of a state, whose first dimension is its prompts.
+TENSORS = (
+    "running",
+    "running_scores",
+    "running_beams",
+    "finished",
+    "finished_scores",
+    "finished_beams",
+    "is_finished",
+    "may_improve",
+)
+
+
+@dataclass(frozen=True)
+class FinishedBeam:
+    """One result of beam search."""
+
+    token_ids: list[int]  # the new tokens, an end-of-sequence token included
+    score: float  # sum of the log-probabilities over length ** length_penalty
+
+
+def finished_beams(group: SequenceGroup) -> list[list[FinishedBeam]]:
+    """For each prompt of an ended group its best beams, `num_returned` of them, the best first."""
+    state: BeamState = group.state
+    lengths = (state.finished_beams >= 0).sum(dim=-1).tolist()
+    tokens, scores = state.finished.tolist(), state.finished_scores.tolist()
+    return [
+        [
+            FinishedBeam(tokens[i][beam][: lengths[i][beam]], scores[i][beam])
+            for beam in range(group.call.sampling.beams.num_returned)
+        ]
+        for i in range(len(tokens))
+    ]
+
+
+def finish_reason(sequence: Sequence, token_ids: list[int]) -> FinishReason:
+    """Why a finished beam of the prompt of `sequence` ends where it does."""
+    spec = sequence.call.sampling
+    if token_ids and token_ids[-1] in spec.eos_token_ids:
+        return FinishReason.STOP
+    most = sequence.max_new_tokens
+    if spec.max_length is not None:
+        most = min(most, spec.max_length - spec.prompt_width)
+    if len(token_ids) >= most:
+        return FinishReason.LENGTH
+    return FinishReason.STOP if spec.stop_rules.stop_strings else FinishReason.TIMEOUT
