@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from hf_paged.engine.beam_search import Choice
 
 
+def set_apart(
+    rows: list[int], sequences: list[Sequence]
+) -> tuple[dict[Sequence, int], list[int], list[Sequence]]:
+    """The beams among `sequences` with their rows, then rows and sequences of the others."""
+    pairs = list(zip(rows, sequences, strict=True))
+    others = [(row, s) for row, s in pairs if s.group is None]
+    beams = {s: row for row, s in pairs if s.group is not None}
+    return beams, [row for row, _ in others], [s for _, s in others]
+
+
 def advance(
     scheduler: Scheduler, logits: Tensor, beams: dict[Sequence, int]
 ) -> tuple[list[SequenceGroup], dict[Call, BaseException]]:

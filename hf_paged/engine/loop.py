@@ -190,13 +190,11 @@ class StepLoop:
         """A next token for each sequence that reached its last one, and for those forked from it just now."""
         sequences = [plan.sequences[i] for i in plan.sample_indices]
         rows = list(itertools.accumulate(plan.logits_counts[:-1], initial=0))
-        beams = {s: row for row, s in zip(rows, sequences, strict=True) if s.group is not None}
+        beams, rows, sequences = beam_steps.set_apart(rows, sequences)
         if beams:
             self._advance_beams(runtime, logits, beams)
-            others = [(row, s) for row, s in zip(rows, sequences, strict=True) if s.group is None]
-            if not others:
+            if not sequences:
                 return
-            rows, sequences = [row for row, _ in others], [s for _, s in others]
         for row, seq in zip(tuple(rows), tuple(sequences), strict=True):
             if seq.num_generated == 0 and len(seq.call.sequences) > 1:
                 for child in runtime.scheduler.fork_children(seq):
@@ -358,17 +356,11 @@ class StepLoop:
     def _fail_stuck(self, runtime: Runtime) -> None:
         """Nothing can be scheduled though something waits: the pool shrank under it or kept blocks fill it."""
         stuck = dict.fromkeys(s.call for s in (*runtime.scheduler.running, *runtime.scheduler.waiting))
-        if stuck:
-            self.fail(
-                stuck,
-                InvalidRequestError(
-                    f"no block is free for a waiting request: {runtime.manager.max_blocks} blocks, "
-                    f"{sum(len(s.block_table) for s in self.kept)} of them kept for returned past_key_values"
-                ),
-            )
+        of_which = f"{sum(len(s.block_table) for s in self.kept)} of them kept for returned past_key_values"
+        text = f"no block is free for a waiting request: {runtime.manager.max_blocks} blocks, {of_which}"
+        self.fail(stuck, InvalidRequestError(text))
 
-    # --- when nothing runs
-    # ----------------------------------------------------------------------------------------------
+    # --- when nothing runs ------------------------------------------------------------------------------------------
 
     def release_kept(self, call: Call) -> None:
         for seq in call.sequences:
@@ -394,10 +386,7 @@ class StepLoop:
             self.runtime = None
 
     def reset_counters(self) -> None:
-        self.counters = Counters()
-        if self.runtime is not None:
-            self.counters.preemptions_before = self.runtime.scheduler.num_preemptions
-            self.counters.prefix_hits_before = self.runtime.scheduler.prefix_hit_tokens
+        self.counters = Counters.starting_at(self.runtime)
 
     def close(self) -> None:
         """Gives everything back."""

@@ -76,6 +76,16 @@ class Counters:
     #: One record a step, if somebody put a list here.
     trace: list[StepRecord] | None = None
 
+    @classmethod
+    def starting_at(cls, runtime: Runtime | None) -> Counters:
+        """Counters that begin now, whatever the scheduler of `runtime` has counted before."""
+        if runtime is None:
+            return cls()
+        scheduler = runtime.scheduler
+        return cls(
+            preemptions_before=scheduler.num_preemptions, prefix_hits_before=scheduler.prefix_hit_tokens
+        )
+
     def count_step(self, scheduler: Scheduler, num_sequences: int) -> None:
         """After a step of `num_sequences` sequences, before its finished ones leave."""
         manager, running = scheduler.manager, scheduler.running
