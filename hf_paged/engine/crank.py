@@ -9,17 +9,23 @@ holder reads between steps.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from hf_paged.engine.request import Call
+from hf_paged.engine.request import Call, FinishReason
 from hf_paged.errors import EngineStateError, RequestCancelledError
 
 if TYPE_CHECKING:
     from hf_paged.engine.loop import StepLoop
+
+#: Returns when its argument says so: turns the crank or waits meanwhile.
+Until: TypeAlias = Callable[[Callable[[], bool]], None]
+
+#: Seconds after which calls that wait for their callers lose their blocks to others that cannot go on without.
+_PATIENCE_S = 0.05
 
 
 class Crank:
@@ -30,9 +36,11 @@ class Crank:
         # Reentrant: the garbage collector may run in any line here, and drop a cache whose blocks go back.
         self._mutex = threading.RLock()
         self._idle = threading.Condition(self._mutex)
+        self._posted = threading.Condition(self._mutex)  # something was put into the inbox
         self._inbox: deque[Callable[[], object]] = deque()
         self._held = False  # somebody is turning
-        self._callers = 0  # threads inside `run`
+        self._callers = 0  # threads inside `attend`
+        self._inside: Counter[int] = Counter()  # the same, by identity
         self._hand_over = False  # the holding caller shall let an engine thread take over
         self._thread: threading.Thread | None = None
         self._paused_by: int | None = None  # the thread that changes weights now
@@ -45,19 +53,27 @@ class Crank:
 
     def run(self, calls: Sequence[Call]) -> None:
         """Returns when `calls` have ended. An interrupt of the calling thread cancels these calls only."""
+        with self.attend(calls) as until:
+            until(lambda: all(call.done.is_set() for call in calls))
+
+    @contextmanager
+    def attend(self, calls: Sequence[Call]) -> Iterator[Until]:
+        """Takes `calls` up for the calling thread, which looks after them inside and leaves when they have ended.
+
+        What is raised inside cancels them. Between two uses of what it gives, the thread does not hold the crank.
+        """
+        wake, me = threading.Event(), threading.get_ident()
+        for call in calls:
+            call.wake = wake
         with self._mutex:
             self._wait_while_paused()
             self._inbox.extend(partial(self._loop.take_up, call) for call in calls)
             self._callers += 1
-            mine = not self._held and self._callers == 1
-            self._held = self._held or mine
-            if not mine:
+            self._inside[me] += 1
+            if self._held or self._callers > 1:
                 self._want_thread()
         try:
-            if mine:
-                self._turn_for(calls)
-            for call in calls:
-                call.done.wait()
+            yield partial(self._until, calls, wake)
         except BaseException:
             for call in calls:
                 self.cancel(call)
@@ -65,7 +81,18 @@ class Crank:
         finally:
             with self._mutex:
                 self._callers -= 1
+                self._inside[me] -= 1
+                if not self._inside[me]:
+                    del self._inside[me]
                 self._idle.notify_all()
+
+    def answer(self, call: Call, tokens: list[int], reasons: list[FinishReason | None]) -> None:
+        """From the thread that attends to the lockstep call `call`: see `StepLoop.answer`."""
+        with self._mutex:
+            self._inbox.append(partial(self._loop.answer, call, tokens, reasons))
+            # A lone caller turns the crank itself as soon as it has nothing else to do.
+            if self._held or self._callers > 1:
+                self._want_thread()
 
     def submit(self, call: Call) -> None:
         with self._mutex:
@@ -92,6 +119,7 @@ class Crank:
         with self._mutex:
             if self._held:
                 self._inbox.append(action)
+                self._posted.notify()
                 return
             self._held = True
         try:
@@ -100,9 +128,18 @@ class Crank:
             self._let_go()
 
     def drain(self) -> None:
-        """Returns when nobody turns and nothing is left to do."""
+        """Returns when nobody turns and nothing is left to do.
+
+        Raises:
+            EngineStateError: the calling thread runs code of a user that one of the calls is waiting for.
+        """
+        if threading.get_ident() in self._inside:
+            raise EngineStateError("this would wait for the very call that is running this code")
+        self._wait_for_the_end()
+
+    def _wait_for_the_end(self) -> None:
         with self._idle:
-            self._idle.wait_for(lambda: not self._held and not self._inbox and not self._loop.has_work)
+            self._idle.wait_for(lambda: not self._held and not self._inbox and not self._loop.calls)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -131,7 +168,7 @@ class Crank:
         """Ends every call with `error` and returns when nobody turns any more and no thread is left."""
         thread = self._thread
         self.call_soon(lambda: self._loop.fail_all(error))
-        self.drain()
+        self._wait_for_the_end()
         if thread is not None:
             thread.join()
 
@@ -141,6 +178,7 @@ class Crank:
         """With the mutex: an engine thread shall turn, now or when the holding caller lets go."""
         if self._held:
             self._hand_over = self._thread is None
+            self._posted.notify()
         else:
             self._start_thread()
 
@@ -150,12 +188,27 @@ class Crank:
         self._thread = threading.Thread(target=self._turn_until_done, name="hf_paged-engine", daemon=True)
         self._thread.start()
 
-    def _turn_for(self, calls: Sequence[Call]) -> None:
-        """A lone caller turns until its calls have ended or an engine thread shall take over."""
+    def _until(self, calls: Sequence[Call], wake: threading.Event, ready: Callable[[], bool]) -> None:
+        while True:
+            wake.clear()
+            if ready():
+                return
+            with self._mutex:
+                mine = not self._held and self._callers == 1
+                if mine:
+                    self._held = True
+                elif not self._held:
+                    self._start_thread()
+            if mine:
+                self._turn_for(calls, ready)
+            else:
+                wake.wait()
+
+    def _turn_for(self, calls: Sequence[Call], ready: Callable[[], bool]) -> None:
+        """A lone caller turns until it is `ready` or an engine thread shall take over."""
         try:
-            for call in calls:
-                while not call.done.is_set() and not self._hand_over:
-                    self._turn_once()
+            while not ready() and not self._hand_over:
+                self._turn_once()
         except Exception as error:  # a defect in the engine itself: nobody may wait for ever
             self._loop.fail_all(error)
         except BaseException as error:
@@ -164,17 +217,25 @@ class Crank:
             self._loop.abandon(calls, error)
             raise
         finally:
-            self._let_go()
+            self._let_go(coming_back=any(not call.done.is_set() for call in calls))
 
     def _turn_until_done(self) -> None:
+        impatient = False
         while True:
+            going = True
             try:
-                while self._loop.has_work or self._inbox:
-                    self._turn_once()
+                while going and (self._loop.has_work or self._inbox):
+                    going = self._turn_once(impatient)
+                    impatient = False
             except BaseException as error:
                 self._loop.fail_all(error)
             with self._mutex:
-                if self._inbox or self._loop.has_work:
+                if self._inbox or (going and self._loop.has_work):
+                    continue
+                if self._loop.calls:  # all are with their callers, or wait for blocks of those that are
+                    blocked = self._loop.has_work
+                    # Never for ever: the garbage collector may post in the very moment before the wait begins.
+                    impatient = not self._posted.wait(_PATIENCE_S if blocked else 1.0) and blocked
                     continue
                 self._loop.went_idle()
                 if self._inbox:  # left by the garbage collector
@@ -184,18 +245,23 @@ class Crank:
                 self._idle.notify_all()
                 return
 
-    def _turn_once(self) -> None:
+    def _turn_once(self, impatient: bool = False) -> bool:
+        """Returns False if a step was wanted and nothing could go on."""
         while self._inbox:
             self._inbox.popleft()()
-        if self._loop.has_work:
-            self._loop.step()
+        return not self._loop.has_work or self._loop.step(impatient=impatient)
 
-    def _let_go(self) -> None:
-        """A caller stops turning: an engine thread goes on if anything is left."""
+    def _let_go(self, *, coming_back: bool = False) -> None:
+        """A caller stops turning: an engine thread goes on if anything is left.
+
+        Args:
+            coming_back: what is left is the caller's own, and it will turn again unless somebody else wants to.
+        """
         with self._mutex:
-            if not self._inbox and not self._loop.has_work:
+            mine = coming_back and self._callers == 1 and not self._hand_over
+            if not self._inbox and not self._loop.calls:
                 self._loop.went_idle()
-            if self._inbox or self._loop.has_work:
+            if self._inbox or (self._loop.has_work and not mine):
                 self._start_thread()
                 return
             self._held = False

@@ -20,10 +20,10 @@ from hf_paged.config import PagedConfig
 from hf_paged.engine.adapters import AdapterHost, Selection, base_modules
 from hf_paged.engine.ambient import Ambient
 from hf_paged.engine.assistant import AssistantHost
-from hf_paged.engine.crank import Crank
+from hf_paged.engine.crank import Crank, Until
 from hf_paged.engine.groups import most_blocks
 from hf_paged.engine.loop import StepLoop
-from hf_paged.engine.request import Call, Sequence, SequenceGroup
+from hf_paged.engine.request import Call, FinishReason, Sequence, SequenceGroup
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
 from hf_paged.engine.weights import (
     Samples,
@@ -35,7 +35,7 @@ from hf_paged.engine.weights import (
 from hf_paged.errors import EngineStateError, InvalidRequestError
 
 if TYPE_CHECKING:
-    from hf_paged.engine.loop import Patch
+    from hf_paged.engine.call_table import Patch
 
 
 class PagedEngine:
@@ -142,6 +142,20 @@ class PagedEngine:
         for call in calls:
             self._check(call)
         self._crank.run(calls)
+
+    def attend(self, calls: SequenceOf[Call]) -> AbstractContextManager[Until]:
+        """Runs `calls` while the calling thread looks after them inside: `with engine.attend([call]) as until:`.
+
+        `until(ready)` returns when `ready()` is true. What is raised inside cancels the calls; what went wrong with
+        them is in `Call.error`.
+        """
+        for call in calls:
+            self._check(call)
+        return self._crank.attend(calls)
+
+    def answer(self, call: Call, tokens: list[int], reasons: list[FinishReason | None]) -> None:
+        """For a lockstep call that is attended: its next tokens, one a row, and why rows end with them, if they do."""
+        self._crank.answer(call, tokens, reasons)
 
     def submit(self, call: Call) -> None:
         """Takes `call` up and returns at once; it makes progress without anybody waiting. `call.done` tells the end."""

@@ -75,6 +75,8 @@ class Sequence:
     #: Keys and values of its first tokens, from outside: they are written into blocks instead of computed.
     given_kv: GivenKV | None = None
     drafting: Any = None  # what `engine.speculation` remembers of it
+    #: In a lockstep call: the logits of its next token are made, and nothing is to compute until that is chosen.
+    handed_over: bool = False
 
     @property
     def namespace(self) -> bytes | None:
@@ -148,6 +150,9 @@ class Call:
     #: returned caches.
     run_on: bool = False
     speculation: Any = None  # `engine.speculation.Speculation`: how tokens are drafted; None: they are not
+    #: `engine.lockstep.Lockstep` of a call whose rows advance together, by tokens that its caller chooses.
+    lockstep: Any = None
+    attended: bool = False  # a lockstep call whose caller has the logits of all rows and is choosing
     keep_kv: bool = False  # blocks stay with the finished sequences until `PagedEngine.release_kv`
     sequences: list[Sequence] = field(default_factory=list)
     call_id: int = field(default_factory=lambda: next(_call_ids))
@@ -162,6 +167,7 @@ class Call:
     first_token_at: float | None = None
     finished_at: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
+    wake: threading.Event | None = None  # set when the thread that waits for the call should look at it
 
     def add_row(
         self, prompt: list[int], max_new_tokens: int, *, num_pad: int = 0, fork_of: int | None = None
@@ -186,6 +192,16 @@ class Call:
             if seq.finish_reason is None:
                 seq.finish_reason = reason
                 seq.num_kept = seq.num_generated
+
+    def look(self) -> None:
+        """Tells the thread that waits for the call that something has changed."""
+        if self.wake is not None:
+            self.wake.set()
+
+    def end(self) -> None:
+        """Tells everybody that the call has ended."""
+        self.done.set()
+        self.look()
 
     @property
     def unfinished(self) -> bool:

@@ -55,6 +55,7 @@ class SamplingSpec:
         logprobs: None for none, or how many of the most probable tokens to record besides the chosen one.
         raw_logprobs: take them from the model's logits, not from what edit and processors made of them.
         edit: changes the logits of the only row before the processors.
+        stop_sequences: criteria of `stopping.is_stop_sequence`, besides those in `criteria`.
     """
 
     prompt_ids: Tensor
@@ -69,6 +70,7 @@ class SamplingSpec:
     raw_logprobs: bool = False
     edit: LogitsEdit | None = None
     beams: Any = None  # `beam_state.BeamOptions`; `draws` are then by prompt, [beams * vocab] each
+    stop_sequences: tuple[Any, ...] = ()
 
     #: Records, [row][step]: float32 [vocab] on the device of the model; `token_logprobs` plain numbers.
     scores: list[list[Tensor]] = field(init=False)
@@ -98,7 +100,7 @@ class SamplingSpec:
         self.scores = [[] for _ in range(self.num_rows)]
         self.logits = [[] for _ in range(self.num_rows)]
         self.token_logprobs = [[] for _ in range(self.num_rows)]
-        self.stop_rules = stopping.StopRules.of(self.criteria)
+        self.stop_rules = stopping.StopRules.of(self.criteria, self.stop_sequences)
         self.plain = not (
             self.do_sample
             or self.processors

@@ -5,6 +5,8 @@ admissions, all within `max_num_batched_tokens`. When blocks run out, the younge
 preempted: its blocks go back and its tokens are computed again later, which the prefix cache often shortens.
 The oldest sequence always advances. Drafted tokens come with their sequence's next one, as long as they take
 nothing that another sequence needs. Beams come, go and take their steps as one (`engine.groups`).
+Rows of a lockstep call that have handed over their logits need nothing until
+their token is chosen; their blocks are taken when otherwise nobody could go on.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ class Scheduler:
         candidates = [s for s in self.running if s.call.ambient == ambient and _num_missing(s)]
         shares = self._group_shares(candidates)
         for seq in sorted(candidates, key=_turn):
-            if budget <= 0:
+            if budget <= 0 or len(chosen) >= self.max_num_seqs:
                 break
             if seq.status is not Status.RUNNING:
                 continue
@@ -137,9 +139,9 @@ class Scheduler:
         if not preempted:
             self._admit(ambient, chosen, copies, budget)
             held = [s for s in self.running if s.call.ambient == ambient and not s.call.keep_kv]
-            held = [s for s in held if not _num_missing(s)]
+            held = [s for s in held if not _num_missing(s) and not s.call.attended]
             while held and not chosen:
-                # Finished rows wait for one that has no blocks, and leave it none.
+                # Finished rows, or those of a lockstep call, wait for one that has no blocks, and leave it none.
                 self._preempt(held.pop())
                 self._admit(ambient, chosen, copies, budget)
         return make_plan(chosen, copies) if chosen else None
@@ -170,8 +172,9 @@ class Scheduler:
         """Starts waiting sequences while tokens, places and blocks last."""
         admitted: list[int] = []  # places in `waiting`
         taken = self._num_places
+        held = sum(1 for s in self.running if s.handed_over)  # they take no part in a step
         for place, seq in enumerate(self.waiting):
-            if budget <= 0 or taken >= self.max_num_seqs:
+            if budget <= 0 or taken - held >= self.max_num_seqs:
                 break
             if seq.call.ambient != ambient or self._will_be_forked(seq) or not _num_missing(seq):
                 continue
@@ -269,9 +272,18 @@ class Scheduler:
             parent is not None
             and seq.num_generated == 0
             and parent.num_generated == 0
+            and not parent.handed_over
             and parent.finish_reason is None
             and parent.status is not Status.FINISHED
         )
+
+    def make_room(self) -> bool:
+        """Takes the blocks of a row whose token its caller chooses, the youngest. Returns whether there was one."""
+        for seq in reversed(self.running):
+            if seq.handed_over:
+                self._preempt(seq)
+                return True
+        return False
 
     def _preempt(self, seq: Sequence) -> list[Sequence]:
         """Takes the blocks of `seq` back, and with it those of its group. Returns all whose blocks went."""
@@ -334,6 +346,8 @@ class Scheduler:
 
 def _num_missing(seq: Sequence) -> int:
     """How many tokens of `seq` the next steps have to compute, drafts aside."""
+    if seq.handed_over:
+        return 0
     if seq.finish_reason is None or not seq.call.run_on or seq.num_generated < seq.call.run_on_width:
         return seq.num_uncomputed
     # It runs on and has gone as far as it may for now: only what its user wants of it may be missing.

@@ -1,6 +1,8 @@
 """Upstream's stopping criteria, a row at a time: why a row stops after its last token, or None.
 
-End-of-sequence tokens and lengths are looked up; stop strings and times ask upstream's own objects.
+End-of-sequence tokens and lengths are looked up; stop strings and times ask upstream's own objects. Evaluation
+harnesses bring a criterion of their own that waits until all rows have a stop sequence (`is_stop_sequence`):
+here each row stops by itself.
 """
 
 from __future__ import annotations
@@ -29,6 +31,18 @@ SUPPORTED = frozenset(
 )
 
 
+def is_stop_sequence(criterion: Any) -> bool:
+    """Whether this is the criterion of lm-evaluation-harness or lighteval for one stop sequence, by name and shape."""
+    return (
+        type(criterion).__name__ == "MultiTokenEOSCriteria"
+        and isinstance(getattr(criterion, "sequence", None), str)
+        and isinstance(getattr(criterion, "done_tracker", None), list)
+        and isinstance(getattr(criterion, "initial_decoder_input_length", None), int)
+        and isinstance(getattr(criterion, "sequence_id_len", None), int)
+        and callable(getattr(getattr(criterion, "tokenizer", None), "batch_decode", None))
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class StopRules:
     """What the criteria of a call amount to."""
@@ -41,14 +55,16 @@ class StopRules:
     max_times: tuple[Any, ...] = ()
     #: Criteria that warn once a row is longer than the positions of the model.
     warn_beyond: tuple[Any, ...] = ()
+    stop_sequences: tuple[Any, ...] = ()  # of `is_stop_sequence`
     #: Whether tokens and lengths alone decide.
     simple: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "simple", not (self.stop_strings or self.max_times or self.warn_beyond))
+        asked = (self.stop_strings, self.max_times, self.warn_beyond, self.stop_sequences)
+        object.__setattr__(self, "simple", not any(asked))
 
     @classmethod
-    def of(cls, criteria: list[Any]) -> StopRules:
+    def of(cls, criteria: list[Any], stop_sequences: tuple[Any, ...] = ()) -> StopRules:
         lengths = [c for c in criteria if type(c) is upstream.MaxLengthCriteria]
         eos = [c for c in criteria if type(c) is upstream.EosTokenCriteria]
         return cls(
@@ -62,6 +78,7 @@ class StopRules:
                 for c in lengths
                 if (limit := getattr(c, "max_position_embeddings", None)) and limit < c.max_length
             ),
+            stop_sequences=stop_sequences,
         )
 
 
@@ -116,6 +133,10 @@ def _ask(sequences: list[Sequence], asking: list[int], reasons: list[FinishReaso
                 len(tail),
             )
             by_strings.setdefault((*key, *criterion.target_lens.tolist()), []).append((i, criterion, tail))
+        if reasons[i] is not FinishReason.STOP and _ends_a_stop_sequence(
+            history, spec.stop_rules.stop_sequences
+        ):
+            reasons[i] = FinishReason.STOP
         if reasons[i] is None:
             call_id = sequence.call.call_id
             if call_id not in timed_out:
@@ -129,3 +150,12 @@ def _ask(sequences: list[Sequence], asking: list[int], reasons: list[FinishReaso
         for (i, _, _), stop in zip(group, stopped, strict=True):
             if stop:
                 reasons[i] = FinishReason.STOP
+
+
+def _ends_a_stop_sequence(history: np.ndarray, criteria: tuple[Any, ...]) -> bool:
+    """Whether one of `criteria` finds its sequence in the text of the last tokens, of as many as it would look at."""
+    for criterion in criteria:
+        tail = history[criterion.initial_decoder_input_length :][-criterion.sequence_id_len :]
+        if criterion.sequence in criterion.tokenizer.batch_decode(torch.from_numpy(tail[None]))[0]:
+            return True
+    return False

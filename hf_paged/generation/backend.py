@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.generation.utils import GENERATION_MODES_MAPPING
@@ -10,6 +10,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from hf_paged.engine.beam_search import EntangledBeams
 from hf_paged.engine.draws import default_generator
 from hf_paged.generation.adapters import chosen_rows, select_rows
+from hf_paged.generation.attended import ended_on_error, run_in_lockstep, run_streamed
 from hf_paged.generation.checks import early_reasons, late_reasons
 from hf_paged.generation.fallback import Explanation, FallbackReason, reason, report_fallback
 from hf_paged.generation.outputs import assemble, num_steps
@@ -59,6 +60,18 @@ def paged_generate(
     original = replaced if replaced is not None else type(model).generate.__get__(model)
     if is_ours(argument(model, args, kwargs, "custom_generate")):
         return original(*args, **kwargs)  # it comes back through `custom_generate`
+    with ended_on_error(argument(model, args, kwargs, "streamer")):
+        return _generate(model, replaced, original, engine, args, kwargs)
+
+
+def _generate(
+    model: GenerativeModel,
+    replaced: Any,
+    original: Callable[..., Any],
+    engine: PagedEngine,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
     reasons = early_reasons(model, replaced, engine, args, kwargs)
     if reasons:
         if engine.config.fallback == "error":
@@ -132,7 +145,7 @@ def _decode(
 ) -> Any:
     # First of all: the model may have another dtype now than the blocks that are still kept.
     fill_pending(engine)
-    reasons = [*early, *late_reasons(model, engine, prepared)]
+    reasons = [*early, *late_reasons(model, engine, prepared, attended=True)]
     if reasons:
         report_fallback(engine, reasons)
         return prepared.run_upstream(model)
@@ -154,8 +167,17 @@ def _run(engine: PagedEngine, prepared: Prepared) -> Any:
     call = build_call(engine, prepared, select_rows(engine, prepared))
     engine.count_native()
     try:
-        engine.run(call)
-        return assemble(engine, prepared, call)
+        records = None
+        if call.lockstep is not None:
+            records = run_in_lockstep(engine, prepared, call)
+        elif prepared.streamer is not None:
+            run_streamed(engine, prepared, call)
+        else:
+            engine.run(call)
+        output = assemble(engine, prepared, call, records)
+        if prepared.streamer is not None:
+            prepared.streamer.end()
+        return output
     except BaseException:
         if call.keep_kv:
             engine.release_kv(call)
@@ -188,7 +210,7 @@ def _reasons_after(
             prepared = prepare(model, (), looked_at)
     except HubDecodingMode as mode:
         return [reason("hub_decoding", str(mode))]
-    return [r for r in late_reasons(model, engine, prepared) if r.code not in codes]
+    return [r for r in late_reasons(model, engine, prepared, attended=True) if r.code not in codes]
 
 
 class _Deaf:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from hf_paged.engine import sampling
 from hf_paged.generation import given_cache, speculation
 from hf_paged.generation.beams import beam_reasons, most_tokens
 from hf_paged.generation.fallback import FallbackReason, reason
+from hf_paged.generation.lockstep import unserved_parts
 from hf_paged.generation.prepared import Prepared, argument
 from hf_paged.generation.returned_cache import UnfilledCache, fill
 from hf_paged.generation.view import DECODING_METHODS, GenerativeModel
@@ -97,8 +97,6 @@ def early_reasons(
 
     if given("custom_generate") is not None:
         found.append(reason("custom_generate"))
-    if given("streamer") is not None:
-        found.append(reason("streamer"))
     if given("synced_gpus"):
         found.append(reason("synced_gpus"))
     if given("negative_prompt_ids") is not None or given("negative_prompt_attention_mask") is not None:
@@ -139,20 +137,26 @@ def _overridden(model: GenerativeModel) -> Iterator[str]:
             yield name
 
 
-def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared) -> list[FallbackReason]:
-    """All reasons of a prepared call; empty when the engine serves it."""
+def late_reasons(
+    model: GenerativeModel, engine: PagedEngine, prepared: Prepared, *, attended: bool = False
+) -> list[FallbackReason]:
+    """All reasons of a prepared call; empty when the engine serves it.
+
+    Args:
+        attended: a thread will be there to run what the user made, once a step: streamers, processors, criteria.
+    """
     if prepared.method not in ("_sample", "_beam_search", speculation.METHOD):
         return [reason("hub_decoding", prepared.method)]
     if prepared.method == "_beam_search" and prepared.config.num_beams < 1:
         return [reason("beam_search", f"num_beams={prepared.config.num_beams}")]
-    found = [*_mode_reasons(prepared), *_option_reasons(prepared), *_kwargs_reasons(prepared)]
+    found = [*_mode_reasons(prepared, attended), *_option_reasons(prepared), *_kwargs_reasons(prepared)]
     if not found and (text := given_cache.problem_with(engine, prepared)) is not None:
         found.append(reason("past_key_values", text))
     if prepared.method == speculation.METHOD:
         found += speculation.speculation_reasons(engine, prepared)
     inputs = list(_input_reasons(engine, model, prepared))
     found += inputs
-    if (text := sampling.unsupported(prepared.processors, prepared.criteria)) is not None:
+    if (text := unserved_parts(prepared, attended)) is not None:
         found.append(reason("processors", text))
     if prepared.method == "_beam_search":
         found += beam_reasons(model, engine, prepared)
@@ -161,8 +165,8 @@ def late_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared
     return found
 
 
-def _mode_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
-    if prepared.streamer is not None:
+def _mode_reasons(prepared: Prepared, attended: bool) -> Iterator[FallbackReason]:
+    if prepared.streamer is not None and not attended:
         yield reason("streamer")
     if prepared.synced_gpus:
         yield reason("synced_gpus")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,14 @@ from hf_paged.generation.returned_cache import UnfilledCache
 if TYPE_CHECKING:
     from hf_paged.engine.engine import PagedEngine
     from hf_paged.engine.request import Call
+
+
+@dataclass
+class Records:
+    """What upstream's loop records, float32 [rows, vocab] a step; None where it was not asked for."""
+
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
 
 
 def num_steps(call: Call) -> int:
@@ -41,9 +50,13 @@ def sequences_tensor(prepared: Prepared, call: Call) -> Tensor:
 
 
 def assemble(
-    engine: PagedEngine, prepared: Prepared, call: Call
+    engine: PagedEngine, prepared: Prepared, call: Call, records: Records | None = None
 ) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
-    """What upstream's loop returns for the same call."""
+    """What upstream's loop returns for the same call.
+
+    Args:
+        records: scores and logits of a lockstep call; those of others are with the call.
+    """
     if call.sampling.beams is not None:
         return assemble_beams(engine, prepared, call)
     sequences = sequences_tensor(prepared, call)
@@ -55,11 +68,16 @@ def assemble(
     if not config.return_dict_in_generate:
         return sequences
     cache = prepared.model_kwargs.get("past_key_values") if given is None else None
-    spec = call.sampling
+    if records is None:
+        spec = call.sampling
+        records = Records(
+            _on(spec.take_scores(), sequences.device) if config.output_scores else None,
+            _on(spec.take_logits(), sequences.device) if config.output_logits else None,
+        )
     fields: dict[str, Any] = {
         "sequences": sequences,
-        "scores": _on(spec.take_scores(), sequences.device) if config.output_scores else None,
-        "logits": _on(spec.take_logits(), sequences.device) if config.output_logits else None,
+        "scores": records.scores,
+        "logits": records.logits,
         "past_key_values": given if cache is None else UnfilledCache(cache, engine, call),
     }
     return GenerateDecoderOnlyOutput(**fields)

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 
 from hf_paged.generation.view import GenerativeModel, make_view
 
@@ -63,7 +69,8 @@ class Prepared:
     @property
     def max_length(self) -> int | float | None:
         """The length, pads included, at which every row ends; None without a limit."""
-        limits = [c.max_length for c in self.criteria if getattr(c, "max_length", None) is not None]
+        # A class of the user's may mean anything by that name.
+        limits = [c.max_length for c in self.criteria if type(c) is MaxLengthCriteria]
         return min(limits, default=None)
 
     @property

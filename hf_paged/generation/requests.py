@@ -9,11 +9,13 @@ from transformers import MaxLengthCriteria
 
 from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import Draws, LockstepDraws
+from hf_paged.engine.lockstep import Lockstep
 from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import LogitsEdit, SamplingSpec
 from hf_paged.generation.beams import advances_whole, beam_options, group_rows
 from hf_paged.generation.checks import num_prompt_tokens
 from hf_paged.generation.given_cache import given_kv
+from hf_paged.generation.lockstep import is_lockstep, row_criteria
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.speculation import speculation_of
 
@@ -54,15 +56,19 @@ def build_call(
     copies = prepared.num_copies
     if config.do_sample and draws is None:
         draws = LockstepDraws(num_rows if beams is None else num_rows // copies)
+    lockstep = is_lockstep(prepared)
+    criteria, stop_sequences = row_criteria(prepared)
     spec = SamplingSpec(
         prompt_ids=ids.cpu(),
-        processors=prepared.processors,
-        criteria=prepared.criteria,
+        # In lockstep the caller runs them.
+        processors=[] if lockstep else prepared.processors,
+        criteria=[] if lockstep else criteria,
+        stop_sequences=stop_sequences,
         do_sample=bool(config.do_sample),
         draws=draws,
         pad_token_id=pad_token_id(prepared),
-        output_scores=bool(outputs and config.output_scores),
-        output_logits=bool(outputs and config.output_logits),
+        output_scores=bool(outputs and config.output_scores and not lockstep),
+        output_logits=bool(outputs and config.output_logits and not lockstep),
         logprobs=logprobs,
         raw_logprobs=raw_logprobs,
         edit=edit,
@@ -76,9 +82,10 @@ def build_call(
         ambient=engine.ambient(),
         namespace=namespaces[adapters[0]],
         priority=priority,
-        run_on=beams is None and (outputs or filled_on or rows_go_on(prepared)),
+        run_on=beams is None and (outputs or filled_on or lockstep or rows_go_on(prepared)),
         keep_kv=outputs or filled_on,
-        speculation=speculation_of(prepared),
+        lockstep=Lockstep(num_rows) if lockstep else None,
+        speculation=None if lockstep else speculation_of(prepared),
     )
     rows = zip(ids.tolist(), num_prompt_tokens(prepared).tolist(), strict=True)
     for row, (tokens, length) in enumerate(rows):

@@ -228,7 +228,7 @@ class RequestStream:
             prepared = prepare(model, args, kwargs)
         except HubDecodingMode as mode:
             return None, [reason("hub_decoding", str(mode))]
-        return prepared, late_reasons(model, self._engine, prepared)
+        return prepared, late_reasons(model, self._engine, prepared, attended=True)
 
     def _can_stream(self, prepared: Prepared) -> bool:
         """Whether a native call may run beside others of its kind and gives what upstream's batch would give."""
