@@ -1,25 +1,90 @@
-"""`lora_add_` with torch's matrix products: two a group, the second one adds into the output's own rows."""
+"""`lora_add_` on the CPU: two numba launches for all groups; torch's products, two a group, where those cannot run.
+
+With 16 adapters in a step of 64 rows a group has four rows, and each of its two products is smaller than the call that
+asks for it: a thousand and more such calls a step are what the launches save (docs/decisions.md).
+"""
 
 from __future__ import annotations
 
+import functools
+from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hf_paged.kernels.lora_matmul import LoraGroup, products_in
+from hf_paged.kernels.cpu_runtime import (
+    is_loading,
+    kernel_module,
+    launch,
+    load_in_background,
+    num_bins,
+)
+from hf_paged.kernels.lora_matmul import LoraGroup, add_products
 
 
 def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> None:
-    autocast = torch.is_autocast_enabled(output.device.type)
-    for group in groups:
-        first, end, a, b, bias, scaling = group
-        rows = output[first:end]
-        if autocast or not (output.dtype is a.dtype is b.dtype is x.dtype):
-            # The sum is in the wider dtype, as PEFT's, and rounded once.
-            rows.copy_(rows + products_in(a.dtype, x, group))
-            continue
-        rows.addmm_(F.linear(x[first:end], a), b.t(), alpha=scaling)
-        if bias is not None:
-            rows.add_(bias, alpha=scaling)
+    if not _add_by_kernel(output, x, groups):
+        add_products(output, x, groups)
+
+
+def _add_by_kernel(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> bool:
+    """Whether the kernels took the groups; False leaves `output` as it was."""
+    dtype = groups[0].a.dtype
+    kernels = _kernels(x.dtype, dtype)
+    if kernels is None or output.dtype is not x.dtype or output.device.type != "cpu":
+        return False
+    if x.stride(1) != 1 or output.stride(1) != 1 or torch.is_autocast_enabled("cpu"):
+        return False
+    table, scaling = array("q"), array("f")
+    count = ranks = work = 0
+    for first, end, a, b, bias, factor in groups:
+        if a.dtype is not dtype or b.dtype is not dtype or not (a.is_contiguous() and b.is_contiguous()):
+            return False
+        if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
+            return False
+        rank = len(a)
+        table.extend(
+            (first, end, rank, a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), count)
+        )
+        scaling.append(factor)
+        count += (end - first) * rank
+        ranks = max(ranks, rank)
+        work += rank * (end - first + 4)
+    bins = num_bins(work * (x.shape[1] + output.shape[1]) * 4)
+    scratch = torch.empty(count + bins * (ranks + 1) * kernels.TILE)
+    products = scratch.data_ptr()
+    tables = (table.buffer_info()[0], scaling.buffer_info()[0], len(groups))
+    rows = (x.data_ptr(), x.stride(0), x.shape[1])
+    launch(kernels.shrink(x.dtype, dtype), bins, (*tables, *rows, products))
+    rows = (output.data_ptr(), output.stride(0), output.shape[1])
+    launch(kernels.expand(x.dtype, dtype), bins, (*tables, products, products + 4 * count, ranks, *rows))
+    return True
+
+
+def _kernels(dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
+    """The module of kernels for these dtypes; None where there are none, or until they are loaded."""
+    key = ("lora", dtype, adapter_dtype)
+    # While attention's own kernels wait for a call that is worth loading them, these wait too.
+    if is_loading(dtype) or is_loading(key):
+        return None
+    if key not in _known:
+        _known.add(key)
+        load_in_background(key, functools.partial(_warm_up, dtype, adapter_dtype))
+        return None
+    kernels: Any = kernel_module("cpu_lora_kernel")
+    if kernels is None or kernels.dtype_tag(dtype) is None or kernels.dtype_tag(adapter_dtype) is None:
+        return None
+    return kernels
+
+
+#: What has been asked to load in this process, or in the one it was forked from.
+_known: set[Any] = set()
+
+
+def _warm_up(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+    # One tiny launch: what numba compiles depends on types only.
+    with torch.inference_mode(False), torch.no_grad():
+        rows, matrix = torch.zeros(1, 8, dtype=dtype), torch.zeros(2, 8, dtype=adapter_dtype)
+        lora_add_(rows, rows.clone(), [LoraGroup(0, 1, matrix, matrix.t().contiguous(), None, 1.0)])

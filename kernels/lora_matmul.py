@@ -13,15 +13,16 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BACKENDS", "LoraGroup", "lora_add_"]
+__all__ = ["BACKENDS", "LoraGroup", "add_products", "lora_add_", "products_in"]
 
-#: Name -> module. The grouped products of the CPU are torch's own, which run on any device.
+#: Name -> module.
 BACKENDS = {
     "reference": "hf_paged.kernels.reference_lora",
     "cpu": "hf_paged.kernels.cpu_lora",
-    "triton": "hf_paged.kernels.cpu_lora",
+    "triton": "hf_paged.kernels.triton_lora",
 }
 
 
@@ -59,6 +60,8 @@ def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup], *, backend
         raise ValueError(
             f"lora_add_: output {tuple(output.shape)} and x {tuple(x.shape)} must be [N, E_out] and [N, E_in]"
         )
+    if not groups:
+        return output
     for group in groups:
         _check(group, output, x)
     _module(BACKENDS[backend]).lora_add_(output, x, groups)
@@ -82,6 +85,21 @@ def products_in(dtype: torch.dtype, x: Tensor, group: LoraGroup) -> Tensor:
     if group.bias is not None:
         update = update + group.bias.to(dtype)
     return update * group.scaling
+
+
+def add_products(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> None:
+    """`lora_add_` with torch's matrix products, two a group, on any device: what the kernels cannot take."""
+    autocast = torch.is_autocast_enabled(output.device.type)
+    for group in groups:
+        first, end, a, b, bias, scaling = group
+        rows = output[first:end]
+        if autocast or not (output.dtype is a.dtype is b.dtype is x.dtype):
+            # The sum is in the wider dtype, as PEFT's, and rounded once.
+            rows.copy_(rows + products_in(a.dtype, x, group))
+            continue
+        rows.addmm_(F.linear(x[first:end], a), b.t(), alpha=scaling)
+        if bias is not None:
+            rows.add_(bias, alpha=scaling)
 
 
 @functools.cache

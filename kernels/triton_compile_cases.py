@@ -17,6 +17,7 @@ from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.kernels.triton_activation import gelu, silu_mul
 from hf_paged.kernels.triton_copy_blocks import copy_blocks
 from hf_paged.kernels.triton_layer_norm import layer_norm
+from hf_paged.kernels.triton_lora import LoraTable, lora_add_table_
 from hf_paged.kernels.triton_paged_decode import paged_decode
 from hf_paged.kernels.triton_paged_prefill import paged_prefill
 from hf_paged.kernels.triton_rms_norm import rms_norm
@@ -163,6 +164,11 @@ def _gelu(width: int, approximate: Literal["none", "tanh"]) -> None:
     gelu(_meta(64, width), approximate)
 
 
+def _lora(width: int, columns: int, dtype: torch.dtype, adapters: torch.dtype, rows: int, rank: int) -> None:
+    table = LoraTable.empty(16, rows, rank, adapters, "meta")
+    lora_add_table_(_meta(64, columns, dtype=dtype), _meta(64, width, dtype=dtype), table)
+
+
 def _sample(vocab: int, everything: bool) -> None:
     rows = 32
     row, longs = _meta(rows, dtype=torch.float32), _meta(rows, dtype=torch.int64)
@@ -202,6 +208,14 @@ def _all_cases() -> dict[str, Callable[[], None]]:
     cases["silu_mul/14336/bf16"] = functools.partial(_silu_mul, 14336)
     cases["gelu/3072/none"] = functools.partial(_gelu, 3072, "none")
     cases["gelu/3072/tanh"] = functools.partial(_gelu, 3072, "tanh")
+    for name, rows in (("decode", 16), ("prefill", 512)):
+        for width, columns in ((768, 2304), (4096, 14336)):
+            for kind, types in (("bf16", (_BF16, _BF16)), ("bf16-fp32", (_BF16, torch.float32))):
+                cases[f"lora/{width}-{columns}/{name}-{kind}"] = functools.partial(
+                    _lora, width, columns, *types, rows, 16
+                )
+        cases[f"lora/4096-4096/{name}-rank-64"] = functools.partial(_lora, 4096, 4096, _BF16, _BF16, rows, 64)
+        cases[f"lora/4096-4096/{name}-rank-4"] = functools.partial(_lora, 4096, 4096, _BF16, _BF16, rows, 4)
     for vocab in (50257, 128256):
         cases[f"sample/{vocab}/plain"] = functools.partial(_sample, vocab, False)
         cases[f"sample/{vocab}/everything"] = functools.partial(_sample, vocab, True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from hf_paged.kernels import cpu_jit, cpu_lora, cpu_runtime
 from hf_paged.kernels.lora_matmul import LoraGroup, lora_add_
 
 ROWS, WIDTH, OUT = 23, 40, 56
+KERNELS = cpu_lora._kernels
 #: Ranges of rows: neighbours, a gap, an empty one, one within another.
 RANGES = [(0, 1), (1, 9), (9, 9), (12, 20), (14, 16), (20, 23)]
 RANKS = [1, 4, 8, 7, 16, 64]
@@ -36,7 +40,7 @@ def case(
 
 
 def expected(output: torch.Tensor, x: torch.Tensor, groups: list[LoraGroup]) -> torch.Tensor:
-    total = output.double()
+    total = output.to(torch.float64, copy=True)
     for first, end, a, b, bias, scaling in groups:
         total[first:end] += (
             x[first:end].double() @ a.double().T @ b.double().T + (0 if bias is None else bias.double())
@@ -44,7 +48,23 @@ def expected(output: torch.Tensor, x: torch.Tensor, groups: list[LoraGroup]) -> 
     return total
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "products"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend to call; "products" is the CPU's without its kernels, "cpu" surely with them where there are any."""
+    if request.param == "products":
+        monkeypatch.setattr(cpu_lora, "_kernels", lambda *dtypes: None)
+    elif request.param == "cpu":
+        loaded(torch.float32, torch.float32)
+    return "reference" if request.param == "reference" else "cpu"
+
+
+def loaded(dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
+    """The kernels for these dtypes, once they are there; None for dtypes without any."""
+    cpu_lora._kernels(dtype, adapter_dtype)
+    cpu_runtime.wait_for_loading()
+    return cpu_lora._kernels(dtype, adapter_dtype)
+
+
 @pytest.mark.parametrize(
     "dtype, adapter_dtype, atol",
     [
@@ -52,11 +72,15 @@ def expected(output: torch.Tensor, x: torch.Tensor, groups: list[LoraGroup]) -> 
         (torch.float64, torch.float64, 1e-9),
         (torch.bfloat16, torch.float32, 8.0),
         (torch.bfloat16, torch.bfloat16, 16.0),
+        (torch.float16, torch.float32, 2.0),
     ],
 )
 def test_equals_the_formula(
     backend: str, dtype: torch.dtype, adapter_dtype: torch.dtype, atol: float
 ) -> None:
+    if backend == "cpu" and cpu_lora._kernels is KERNELS:
+        has_kernels = dtype is not torch.float64 and cpu_jit.dtype_tag(dtype) is not None
+        assert (loaded(dtype, adapter_dtype) is not None) is has_kernels
     output, x, groups = case(dtype, adapter_dtype)
     wanted = expected(output, x, groups)
     untouched = output[9:12].clone()
@@ -66,13 +90,57 @@ def test_equals_the_formula(
     assert wanted.abs().max() > 100, "the updates are too small to be seen beside the tolerance"
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_numbers_of_one_group_stay_in_it(backend: str) -> None:
     output, x, groups = case(torch.float32, torch.float32)
     groups[1].a.fill_(float("nan"))
     lora_add_(output, x, groups, backend=backend)
     bad = torch.isnan(output).any(dim=1)
     assert bad.tolist() == [1 <= row < 9 for row in range(ROWS)]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7, 16, 48])
+@pytest.mark.parametrize("width, columns", [(1, 1), (70, 16), (768, 83), (2500, 130)])
+def test_kernels_of_every_shape(rank: int, width: int, columns: int) -> None:
+    """Parts of tiles, chunks of rows and of the sum; strided rows; any number of threads gives the same numbers."""
+    assert loaded(torch.float32, torch.float32)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(40, width + 5, generator=generator)[:, :width]
+    output = torch.randn(40, columns + 3, generator=generator)[:, :columns]
+    a, b = torch.randn(rank, width, generator=generator), torch.randn(columns, rank, generator=generator)
+    groups = [
+        LoraGroup(0, 1, a, b, None, 0.5),
+        LoraGroup(2, 37, a + 1, b, b[:, 0].clone(), 1.5),
+        LoraGroup(30, 40, a, b - 1, None, 1.0),  # the second adapter of some rows
+    ]
+    wanted = expected(output, x, groups)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)  # noqa: TID251
+            actual = output.clone()
+            assert cpu_lora._add_by_kernel(actual, x, groups)
+            results.append(actual)
+    finally:
+        torch.set_num_threads(before)  # noqa: TID251
+    assert (results[0].double() - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max().item())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_row_does_not_depend_on_what_else_is_in_the_step() -> None:
+    assert loaded(torch.float32, torch.float32)
+    output, x, groups = case(torch.float32, torch.float32)
+    _, _, a, b, bias, scaling = groups[4]
+    alone = output[3:4].clone()
+    cpu_lora._add_by_kernel(alone, x[3:4], [LoraGroup(0, 1, a, b, bias, scaling)])
+    cpu_lora._add_by_kernel(output, x, [LoraGroup(1, 22, a, b, bias, scaling), groups[0]])
+    assert torch.equal(output[3:4], alone)
+
+
+def test_no_group_is_nothing_to_do() -> None:
+    output, x, _ = case(torch.float32, torch.float32)
+    before = output.clone()
+    for backend in ("reference", "cpu", "triton"):
+        assert torch.equal(lora_add_(output, x, [], backend=backend), before)
 
 
 def test_under_autocast_products_are_in_its_dtype() -> None:

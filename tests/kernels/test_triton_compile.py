@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = json.loads(Path(__file__).with_name("triton_budgets.json").read_text())
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: One of each kind for `make test`; everything is in `make test-full`.
-QUICK = "paged_decode/llama-32-8x128/bf16|paged_prefill/gpt2/bf16|store_kv_rope/llama-32-8x128/int8|sample/50257/plain"
+QUICK = (
+    "paged_decode/llama-32-8x128/bf16|paged_prefill/gpt2/bf16|store_kv_rope/llama-32-8x128/int8|sample/50257/plain|"
+    "lora/768-2304/decode-bf16"
+)
 
 
 def compile_cases(target: str, only: str, cache_dir: Path) -> list[dict]:
@@ -69,7 +72,7 @@ def test_every_case_is_inside_its_budgets(target, tmp_path):
     assert [line for report in reports for line in over_budget(report)] == []
     ops = {report["case"].split("/")[0] for report in reports}
     assert ops == {
-        *("paged_decode", "paged_prefill", "store_kv", "store_kv_rope", "copy_blocks"),
+        *("paged_decode", "paged_prefill", "store_kv", "store_kv_rope", "copy_blocks", "lora"),
         *("rms_norm", "layer_norm", "silu_mul", "gelu", "sample"),
     }
 
