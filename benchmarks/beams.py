@@ -1,10 +1,10 @@
 """Beam search of many prompts: one continuous batch of forked beams against upstream's padded batches.
 
-GPT-2 124M with random weights in float32, 32 ragged prompts (lengths "design"), 4 beams, 40 new tokens. Upstream's batch
-size is the best of --sizes, found on a part of the prompts; then both arms run once a round, in turn, and results are
-compared.
+GPT-2 124M with random weights in float32, 32 ragged prompts (lengths "design"), 4 beams, 40 new tokens. The best
+batch size of --sizes for upstream is found on a part of the prompts; then both arms run once a round, in turn, and
+results are compared.
 
-    python benchmarks/beams.py [--model gpt2-124m] [--requests 32] [--beams 4] [--new-tokens 40] [--repeats 3] [--json FILE]
+    python benchmarks/beams.py [--model gpt2-124m] [--requests 32] [--beams 4] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What sharing blocks saves, and what it is worth where memory is short.
 
-Blocks: the demo LLaMA on its own kind of text, lengths of Alpaca and ShareGPT. Saved is the share of the blocks that
-sequences would hold without sharing, mean over all steps: beam search with 6 beams (many prompts at once), and 6 samples
+Blocks: the demo LLaMA on its own kind of text, lengths of Alpaca and ShareGPT. Saved is the share of blocks that
+sequences would hold without sharing, mean over steps: 6 beams (many prompts at once), and 6 samples
 of a prompt (`num_return_sequences`, prompt after prompt).
 
 Throughput: GPT-2 124M with random weights, 6 beams, a pool of `--groups` times what the longest prompt's beams may need
