@@ -24,7 +24,7 @@ _MAX_SURPRISE = 2.0
 #: A step's share by which sizes not measured seem quicker again: what once took long is tried again some day.
 _FADE = 0.0005
 #: Drafts must promise to win so many times the tokens that their time is worth.
-_MIN_GAIN = 1.1
+_MIN_GAIN = 1.2
 #: Steps without drafts after which a sequence tries one, at first; twice as many after each try in vain.
 _FIRST_PATIENCE, _LONGEST_PATIENCE = 8, 256
 
@@ -32,12 +32,14 @@ _FIRST_RATE, _HIGHEST_RATE = 0.7, 0.98
 _PRIOR_WEIGHT = 1.0
 #: What a sequence's earlier drafts still count after newer ones, and after a step without any.
 _KEPT_AFTER_DRAFT, _KEPT_AFTER_PAUSE = 0.8, 0.985
+_KEPT_OVERALL = 0.98
 
 
 @dataclass
 class Acceptance:
-    """How often the drafts of one sequence were right."""
+    """How often the drafts of one sequence were right, those of one kind: long and short matches differ."""
 
+    kind: int = 0
     right: float = 0.0
     tried: float = 0.0
     patience: int = _FIRST_PATIENCE
@@ -101,19 +103,22 @@ class DraftPolicy:
 
     def __init__(self) -> None:
         self.step_times = StepTimes()
-        #: Over all sequences: what is expected of a new one.
-        self._overall = Acceptance(_FIRST_RATE * 4, 4.0)
+        #: Over all sequences, by kind: what is expected of a new one.
+        self._overall: dict[int, Acceptance] = {}
 
     def learn(self, acceptance: Acceptance, num_drafted: int, num_accepted: int) -> None:
         acceptance.add(num_drafted, num_accepted)
-        self._overall.right = 0.98 * self._overall.right + num_accepted
-        self._overall.tried = 0.98 * self._overall.tried + num_accepted + (num_accepted < num_drafted)
+        overall = self._of_kind(acceptance.kind)
+        overall.right = _KEPT_OVERALL * overall.right + num_accepted
+        overall.tried = _KEPT_OVERALL * overall.tried + num_accepted + (num_accepted < num_drafted)
 
-    @property
-    def first_rate(self) -> float:
-        """What is expected of a sequence that has not drafted yet, or not for long; never so little that it
-        would not be tried."""
-        return max(self._overall.right / self._overall.tried, _FIRST_RATE / 2)
+    def first_rate(self, kind: int) -> float:
+        """What is expected of a sequence that has made no such draft yet, or not for long."""
+        overall = self._of_kind(kind)
+        return max(overall.right / overall.tried, _FIRST_RATE / 2)
+
+    def _of_kind(self, kind: int) -> Acceptance:
+        return self._overall.setdefault(kind, Acceptance(kind, 4 * _FIRST_RATE, 4.0))
 
     def share(
         self,
@@ -133,8 +138,7 @@ class DraftPolicy:
             seconds_a_depth: what another token for a sequence costs in drafting; it is made for all of its kind
                 at once, so that the deepest decides.
         """
-        prior = self.first_rate
-        rates = np.array([a.rate(prior) for a in acceptances])
+        rates = np.array([a.rate(self.first_rate(a.kind)) for a in acceptances])
         depths = np.arange(1, max(offers) + 1)[:, None]
         # [depth, sequence], depth-major: among equals the shallower draft goes first.
         gains = np.where(depths <= np.array(offers), rates**depths, 0.0).ravel()
@@ -148,9 +152,9 @@ class DraftPolicy:
         if costs.any():
             depth, member = np.divmod(order, len(offers))
             seconds[1:] += np.maximum.accumulate((depth + 1) * costs[member])
-        best = int(np.argmax(expected / seconds))
-        if expected[best] - num_tokens < _MIN_GAIN * num_tokens * (seconds[best] / seconds[0] - 1):
-            best = 0
+        # The last drafts that still make tokens come faster win next to nothing, if rates and times are right.
+        value = _MIN_GAIN * float((expected / seconds).max())
+        best = int(np.argmax(expected - value * seconds))
         counts = np.bincount(order[:best] % len(offers), minlength=len(offers)).tolist()
         for i, acceptance in enumerate(acceptances):
             if not counts[i] and acceptance.num_pauses >= acceptance.patience and best < room:

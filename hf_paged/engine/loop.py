@@ -45,9 +45,7 @@ class StepLoop(CallTable):
         while self.dropped:
             self.fail([self.dropped.popleft()], RequestCancelledError("the request was dropped"))
         start = time.perf_counter()
-        if failed := self.speculator.propose(runtime.scheduler):
-            for seq, error in failed.items():
-                self.fail([seq.call], error)
+        if not self.speculator.propose(runtime.scheduler, self.fail):
             return True
         plan = runtime.scheduler.schedule()
         while plan is None and impatient and runtime.scheduler.make_room():
@@ -61,11 +59,10 @@ class StepLoop(CallTable):
         return True
 
     def _run(self, runtime: Runtime, plan: StepPlan, start: float) -> None:
-        now = time.perf_counter()
         for seq in plan.sequences:
             if seq.call.first_scheduled_at is None:
-                seq.call.first_scheduled_at = now
-        self.step_started = now
+                seq.call.first_scheduled_at = start
+        self.step_started = start
         try:
             logits = self._forward(runtime, plan)
         except Exception as error:
@@ -150,32 +147,45 @@ class StepLoop(CallTable):
             if not sequences:
                 return
             tokens = runtime.sampler.sample(last, sequences)
-        self._append(runtime, sequences, tokens)
+        self._append(runtime, sequences, [t if isinstance(t, BaseException) else [t] for t in tokens])
         if plan.num_drafts:
-            append = functools.partial(self._append, runtime)
-            drafted, accepted = self.speculator.verify(
-                plan, logits, runtime.sampler, runtime.scheduler, append
-            )
+            append = functools.partial(self._append, runtime, drafted=True)
+            drafted, accepted = self.speculator.verify(plan, logits, runtime.sampler, append)
             self.counters.drafted_tokens += drafted
             self.counters.accepted_tokens += accepted
 
-    def _append(self, runtime: Runtime, sequences: list[Sequence], tokens: list[int | BaseException]) -> None:
-        """Takes in a new token of each sequence, or what it failed with, and ends those whose last it was."""
+    def _append(
+        self,
+        runtime: Runtime,
+        sequences: list[Sequence],
+        tokens: list[list[int] | BaseException],
+        *,
+        drafted: bool = False,
+    ) -> None:
+        """Takes in new tokens of each sequence, or what it failed with, and ends those whose last has come.
+
+        Args:
+            tokens: of each sequence; of several none but the last may end it.
+            drafted: all before the last were drafts of this step, and so is the token before them.
+        """
         failed: dict[Call, BaseException] = {}
         accepted: list[Sequence] = []
         now = time.perf_counter()
-        for seq, token in zip(sequences, tokens, strict=True):
-            if isinstance(token, BaseException):
-                failed.setdefault(seq.call, token)
+        for seq, new in zip(sequences, tokens, strict=True):
+            if isinstance(new, BaseException):
+                failed.setdefault(seq.call, new)
                 continue
-            seq.token_ids.append(token)
+            seq.token_ids += new
+            if drafted:
+                runtime.scheduler.accept(seq)
             accepted.append(seq)
             if seq.finish_reason is None:
-                self.counters.generated_tokens += 1
+                self.counters.generated_tokens += len(new)
             if seq.call.first_token_at is None:
                 seq.call.first_token_at = now
             if seq.call.on_token is not None and seq.finish_reason is None:
-                seq.call.on_token(seq, token)
+                for token in new:
+                    seq.call.on_token(seq, token)
         for call, error in failed.items():
             self.fail([call], error)
         self._finish(runtime, [s for s in accepted if s.call not in failed])

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from hf_paged.engine.request import Sequence
 
+_LONGER = (4, 8, 16)
+
 
 @dataclass
 class NGramIndex:
@@ -21,22 +23,44 @@ class NGramIndex:
     _ends: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram -> place after its last token
     _filled: int = 0  # n-grams that end at this place or before are known
 
-    def draft(self, tokens: list[int], count: int) -> list[int]:
-        """Up to `count` tokens that may follow `tokens`, of which earlier calls have seen a beginning."""
+    def draft(self, tokens: list[int], count: int) -> tuple[list[int], int]:
+        """What may follow `tokens`, of which earlier calls have seen a beginning.
+
+        Returns:
+            Up to `count` tokens, and how many at the end agree with those before the occurrence, as far as is looked:
+            the size of the n-gram, or one of `_LONGER`.
+        """
         ends, length = self._ends, len(tokens)
-        for end in range(self._filled + 1, length):
+        self._learn(tokens, length - 1)
+        for size in range(min(self.max_ngram, length - 1), 0, -1):
+            start = ends.get(tuple(tokens[-size:]))
+            if start is not None:
+                break
+        else:
+            return [], 0
+        found = tokens[start : start + count]
+        while len(found) < count:  # it overlaps the end
+            found += found[start - length :][: count - len(found)]
+        for longer in _LONGER:
+            if longer > size:
+                if start < longer or tokens[start - longer : start] != tokens[-longer:]:
+                    break
+                size = longer
+        return found, size
+
+    def _learn(self, tokens: list[int], last: int) -> None:
+        """Takes in the n-grams that end up to place `last`."""
+        ends, first = self._ends, self._filled + 1
+        self._filled = max(self._filled, last)
+        if last - first > 8:
+            for size in range(1, self.max_ngram + 1):
+                begin = max(first, size)
+                columns = [tokens[begin - size + i : last + 1 - size + i] for i in range(size)]
+                ends.update(zip(zip(*columns, strict=True), range(begin, last + 1), strict=False))
+            return
+        for end in range(first, last + 1):
             for size in range(1, min(self.max_ngram, end) + 1):
                 ends[tuple(tokens[end - size : end])] = end
-        self._filled = max(self._filled, length - 1)
-        for size in range(min(self.max_ngram, length - 1), 0, -1):
-            start = ends.get(tuple(tokens[length - size :]))
-            if start is not None:
-                found = tokens[start : start + count]
-                period = length - start
-                while len(found) < count:
-                    found += found[len(found) - period : len(found) - period + count - len(found)]
-                return found
-        return []
 
 
 class PromptLookup:
@@ -61,7 +85,9 @@ class PromptLookup:
         record = sequence.drafting
         if record.state is None:
             record.state = NGramIndex(self._max_ngram)
-        draft = record.state.draft(sequence.token_ids, min(most, self._num_tokens))
+        draft, match = record.state.draft(sequence.token_ids, min(most, self._num_tokens))
+        # A long match is right more often than a short one: each is learned by itself.
+        record.kind = match.bit_length()
         if not self._eos.isdisjoint(draft):
             draft = draft[: next(i for i, token in enumerate(draft) if token in self._eos)]
         sequence.draft = draft

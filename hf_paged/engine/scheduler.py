@@ -308,14 +308,13 @@ class Scheduler:
             seq.num_computed += count - (plan.num_drafts[i] if plan.num_drafts else 0)
             self.manager.commit(seq)
 
-    def accept(self, sequences: Iterable[Sequence]) -> None:
-        """The newest token of each was a draft of the last step: it is computed already.
+    def accept(self, seq: Sequence) -> None:
+        """The tokens of `seq` before its newest were right drafts of the last step: they are computed already.
 
         What was computed of rejected drafts lies behind `num_computed`, where the next tokens overwrite it.
         """
-        for seq in sequences:
-            seq.num_computed += 1
-            self.manager.commit(seq)
+        seq.num_computed = seq.num_tokens - 1
+        self.manager.commit(seq)
 
     def fork_children(self, parent: Sequence) -> list[Sequence]:
         """Starts the sequences that share `parent`'s prompt, whose KV is complete now; no token was sampled yet."""

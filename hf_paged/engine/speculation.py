@@ -31,6 +31,8 @@ from hf_paged.step import StepPlan
 
 #: Pads a finished row is given at a time, in a call that runs on.
 _MAX_PADS = 16
+#: In steps of this many sequences looking for drafts takes time; it rests for up to so many steps where it was in vain.
+_MIN_RESTING, _MAX_RESTS = 8, 7
 
 
 class Drafter(Protocol):
@@ -68,9 +70,14 @@ class Speculation:
 class Drafting:
     """What is remembered of a sequence (`Sequence.drafting`)."""
 
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    kind: int = 0  # of what the drafter offers now: drafts of other kinds are right more often, or less
+    acceptances: dict[int, Acceptance] = field(default_factory=dict)  # by kind
     state: Any = None  # the drafter's
     padding: bool = False  # it was finished before this step, and is given pads because its call runs on
+
+    @property
+    def acceptance(self) -> Acceptance:
+        return self.acceptances.setdefault(self.kind, Acceptance(self.kind))
 
 
 class Speculator:
@@ -86,6 +93,7 @@ class Speculator:
         self._assistants: dict[int, tuple[Any, set[Call]]] = {}  # by id of the model, which the calls hold
         self._calls: set[Call] = set()
         self._drafting_seconds = 0.0
+        self._rest = self._num_rests = 0  # steps without drafting after one in which nothing was worth it
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
@@ -129,10 +137,21 @@ class Speculator:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def propose(self, scheduler: Scheduler) -> dict[Sequence, BaseException]:
-        """Drafts for the running sequences that are next. Returns what went wrong, by sequence."""
+    def propose(self, scheduler: Scheduler, fail: Callable[[list[Call], BaseException], None]) -> bool:
+        """Drafts for the running sequences that are next.
+
+        Args:
+            fail: ends calls, with what went wrong with them.
+
+        Returns:
+            Whether nothing went wrong.
+        """
         if not self._calls:
-            return {}
+            return True
+        if self._num_rests:
+            self._num_rests -= 1
+            self._drafting_seconds = 0.0
+            return True
         start = time.perf_counter()
         ambient = scheduler.next_ambient
         offers: list[tuple[Sequence, int]] = []
@@ -155,8 +174,15 @@ class Speculator:
                 if count:
                     offers.append((sequence, count))
         failed = self._draft(offers, num_tokens, scheduler) if offers else {}
+        if num_tokens >= _MIN_RESTING:
+            self._rest = (
+                0 if any(sequence.draft for sequence, _ in offers) else min(2 * self._rest + 1, _MAX_RESTS)
+            )
+            self._num_rests = self._rest
         self._drafting_seconds = time.perf_counter() - start
-        return failed
+        for sequence, error in failed.items():
+            fail([sequence.call], error)
+        return not failed
 
     def _draft(
         self, offers: list[tuple[Sequence, int]], num_tokens: int, scheduler: Scheduler
@@ -188,51 +214,49 @@ class Speculator:
         plan: StepPlan,
         logits: Tensor,
         sampler: Sampler,
-        scheduler: Scheduler,
-        append: Callable[[list[Sequence], list[int | BaseException]], None],
+        append: Callable[[list[Sequence], list[list[int] | BaseException]], None],
     ) -> tuple[int, int]:
         """Goes on behind the first new token of each sequence of `plan`, as long as drafts prove right.
 
         Args:
             logits: [R, V] of the step.
-            append: takes new tokens in, one a sequence: appends them and ends sequences, which then go no further.
+            append: takes new tokens of sequences in, each list's last one being the first that may end its sequence;
+                a sequence that ended goes no further.
 
         Returns:
             How many tokens had been drafted, and how many of them were right.
         """
         rows = _Rows(logits, sampler)
-        going: list[tuple[Sequence, list[int], int]] = []  # with its drafts and the row of its last token
+        going: list[_Going] = []
+        drafted: dict[Sequence, int] = {}
         row = 0
         for i, count in zip(plan.sample_indices, plan.logits_counts, strict=True):
             if count > 1:
                 sequence = plan.sequences[i]
                 going.append((sequence, sequence.draft[: count - 1], row))
+                if sequence.drafting is None or not sequence.drafting.padding:
+                    drafted[sequence] = count - 1
+                sequence.draft = []
             row += count
-        drafted = {sequence: len(draft) for sequence, draft, _ in going}
         accepted = dict.fromkeys(drafted, 0)
-        padded = {s for s in drafted if s.drafting is not None and s.drafting.padding}
+        at_once = [item for item in going if item[0].finish_reason is None and _is_simple(item[0])]
+        if at_once:
+            runs = rows.most_probable_runs(at_once)
+            for sequence, run in runs.items():
+                accepted[sequence] = len(run)
+            append(list(runs), list(runs.values()))
+            going = [item for item in going if item not in at_once]
         depth = 0
-        while True:
-            going = [
-                (sequence, draft, row)
-                for sequence, draft, row in going
-                if depth < len(draft)
-                and sequence.status is Status.RUNNING
-                and (sequence.finish_reason is None or sequence in padded)
-                and sequence.token_ids[-1] == draft[depth]
-            ]
-            if not going:
-                break
+        while going := [item for item in going if _goes_on(*item[:2], depth, accepted)]:
             sequences = [sequence for sequence, _, _ in going]
-            scheduler.accept(sequences)
             for sequence in sequences:
-                accepted[sequence] += 1
+                if sequence in accepted:
+                    accepted[sequence] += 1
             depth += 1
-            append(sequences, rows.choose([row + depth for _, _, row in going], sequences))
-        for sequence in padded:
-            del drafted[sequence]
+            tokens = rows.choose([row + depth for _, _, row in going], sequences)
+            append(sequences, [t if isinstance(t, BaseException) else [t] for t in tokens])
         self._learn(drafted, accepted)
-        return sum(drafted.values()), sum(accepted[sequence] for sequence in drafted)
+        return sum(drafted.values()), sum(accepted.values())
 
     def _learn(self, drafted: dict[Sequence, int], accepted: dict[Sequence, int]) -> None:
         for sequence, num_drafted in drafted.items():
@@ -248,25 +272,61 @@ class Speculator:
             self.policy.step_times.observe(plan.num_tokens, seconds - self._drafting_seconds)
 
 
+#: A sequence, what was drafted for it, and the row of logits of the token before.
+_Going = tuple[Sequence, list[int], int]
+
+
 class _Rows:
     """The rows of logits of a step, chosen from in several goes."""
 
     def __init__(self, logits: Tensor, sampler: Sampler) -> None:
         self._logits = logits
         self._sampler = sampler
-        self._most_probable: list[int] | None = None
+
+    def most_probable_runs(self, going: list[_Going]) -> dict[Sequence, list[int]]:
+        """The tokens that follow the newest one of each sequence which `_is_simple`, where there are any."""
+        with going[0][0].call.ambient.enter():
+            tokens = self._sampler.most_probable(self._logits)
+        runs: dict[Sequence, list[int]] = {}
+        for sequence, draft, row in going:
+            spec = sequence.call.sampling
+            room = sequence.max_new_tokens - sequence.num_generated
+            if spec.max_length is not None:
+                room = min(room, spec.max_length - spec.prompt_width - sequence.num_generated)
+            newest = sequence.token_ids[-1]
+            run: list[int] = []
+            for depth, guess in enumerate(draft, 1):
+                if newest != guess or len(run) == room or newest in spec.eos_token_ids:
+                    break
+                newest = tokens[row + depth]
+                run.append(newest)
+            if run:
+                runs[sequence] = run
+        return runs
 
     def choose(self, rows: list[int], sequences: list[Sequence]) -> list[int | BaseException]:
         """The next token of each sequence by its row, or the exception its call fails with."""
         with sequences[0].call.ambient.enter():
-            if all(s.call.sampling.plain and s.finish_reason is None for s in sequences):
-                # One pass over all rows: a pass for each depth would cost more in calls than it saves in rows.
-                if self._most_probable is None:
-                    self._most_probable = self._sampler.most_probable(self._logits)
-                return [self._most_probable[row] for row in rows]
             return self._sampler.sample(
                 self._logits[torch.tensor(rows, device=self._logits.device)], sequences
             )
+
+
+def _is_simple(sequence: Sequence) -> bool:
+    """Whether nothing but the logits and the tokens themselves decides what follows, and where it ends."""
+    spec = sequence.call.sampling
+    return spec.plain and spec.stop_rules.simple
+
+
+def _goes_on(sequence: Sequence, draft: list[int], depth: int, accepted: dict[Sequence, int]) -> bool:
+    """Whether the newest token of a sequence was its draft at `depth`, and the one after it is wanted."""
+    return (
+        depth < len(draft)
+        and sequence.status is Status.RUNNING
+        # Rows that were finished before are given pads; they are not in `accepted`.
+        and (sequence.finish_reason is None or sequence not in accepted)
+        and sequence.token_ids[-1] == draft[depth]
+    )
 
 
 def _pads(sequence: Sequence) -> list[int]:

@@ -178,7 +178,7 @@ def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     config = prepared.config
     if not prepared.model_kwargs.get("use_cache", config.use_cache):
         yield reason("use_cache")
-    if config.cache_implementation not in (None, "dynamic"):
+    if config.cache_implementation not in _dynamic_caches(prepared):
         yield reason("cache_implementation", repr(config.cache_implementation))
     for name in ("cache_config", "max_cache_len"):
         if getattr(config, name, None) is not None:
@@ -196,6 +196,11 @@ def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
             yield reason("unknown_option", name)
 
 
+def _dynamic_caches(prepared: Prepared) -> tuple[str | None, ...]:
+    # Older transformers set the last one themselves for assisted calls, so that the cache can be cut back.
+    return (None, "dynamic", *(("dynamic_full",) if prepared.method == speculation.METHOD else ()))
+
+
 def _installed_options() -> frozenset[str]:
     global _installed
     if _installed is None:
@@ -209,7 +214,7 @@ _installed: frozenset[str] | None = None
 def _kwargs_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     kwargs = prepared.model_kwargs
     cache = kwargs.get("past_key_values")
-    asked_for = prepared.config.cache_implementation not in (None, "dynamic")
+    asked_for = prepared.config.cache_implementation not in _dynamic_caches(prepared)
     if (
         cache is not None
         and not asked_for

@@ -214,10 +214,12 @@ def _content(config: GenerationConfig | None) -> Hashable:
 
 
 def _of_length(prepared: Prepared, input_ids: Tensor, max_new_tokens: int) -> Prepared:
-    """A preparation for another prompt and limit: only the length criterion knows of them."""
+    """A preparation for another prompt and limit: only the mask and the length criterion know of them."""
     criteria = type(prepared.criteria)(prepared.criteria)
     for i, criterion in enumerate(criteria):
         if type(criterion) is stopping_criteria.MaxLengthCriteria:
             criteria[i] = moved = copy.copy(criterion)
             moved.max_length = input_ids.shape[1] + max_new_tokens
-    return dataclasses.replace(prepared, input_ids=input_ids, criteria=criteria)
+    # transformers before 5.23 keeps a mask of ones, as long as the prompt it was made for.
+    unpadded = prepared.model_kwargs | {"attention_mask": None, "position_ids": None}
+    return dataclasses.replace(prepared, input_ids=input_ids, criteria=criteria, model_kwargs=unpadded)

@@ -30,7 +30,7 @@ from tests.engine.policy import SlotDevice, expected_tokens, make_call, make_sch
     ],
 )
 def test_a_draft_is_what_followed_before(tokens: list[int], draft: list[int]) -> None:
-    assert NGramIndex(2).draft(tokens, 4) == draft
+    assert NGramIndex(2).draft(tokens, 4)[0] == draft
 
 
 def test_an_index_that_grows_equals_one_made_at_once() -> None:
@@ -40,19 +40,23 @@ def test_an_index_that_grows_equals_one_made_at_once() -> None:
         index = NGramIndex(max_ngram)
         for _ in range(200):
             tokens += source.choices(range(4), k=source.randint(1, 5))
-            draft = index.draft(tokens, 6)
-            assert draft == NGramIndex(max_ngram).draft(tokens, 6) == naive_draft(tokens, max_ngram, 6)
+            draft, match = index.draft(tokens, 6)
+            assert (
+                (draft, match) == NGramIndex(max_ngram).draft(tokens, 6) == naive_draft(tokens, max_ngram, 6)
+            )
 
 
-def naive_draft(tokens: list[int], max_ngram: int, count: int) -> list[int]:
+def naive_draft(tokens: list[int], max_ngram: int, count: int) -> tuple[list[int], int]:
     for size in range(min(max_ngram, len(tokens) - 1), 0, -1):
         for start in range(len(tokens) - size - 1, -1, -1):
             if tokens[start : start + size] == tokens[-size:]:
                 text = list(tokens)
                 for i in range(count):
                     text.append(text[start + size + i])
-                return text[len(tokens) :]
-    return []
+                end = start + size
+                agreeing = [n for n in (4, 8, 16) if n <= end and tokens[end - n : end] == tokens[-n:]]
+                return text[len(tokens) :], max([size, *agreeing])
+    return [], 0
 
 
 # --- how much ---------------------------------------------------------------------------------------------------------
@@ -61,7 +65,7 @@ def naive_draft(tokens: list[int], max_ngram: int, count: int) -> list[int]:
 def share(
     policy: DraftPolicy, num_tokens: int, rates: list[float], offers: list[int], **options
 ) -> list[int]:
-    acceptances = [Acceptance(100 * rate, 100) for rate in rates]
+    acceptances = [Acceptance(0, 100 * rate, 100) for rate in rates]
     options = {"room": 1000, "seconds_a_depth": [0.0] * len(offers)} | options
     return policy.share(num_tokens, acceptances, offers, **options)
 
@@ -171,8 +175,8 @@ class DraftingDevice(SlotDevice):
                 seq.token_ids.append(next_token(seq))
                 if depth == len(draft) or seq.token_ids[-1] != draft[depth]:
                     break
-                self.scheduler.accept([seq])
                 self.accepted += 1
+            self.scheduler.accept(seq)
             assert seq.num_uncomputed == 1
             if seq.num_generated >= seq.max_new_tokens:
                 seq.finish_reason = FinishReason.LENGTH
