@@ -1,15 +1,17 @@
 """Requests over many LoRA adapters: one continuous batch against what PEFT offers, and against the base model alone.
 
 64 ragged requests (lengths "design") over 16 adapters of rank 16 on every linear of the blocks, chosen by Zipf's
-law, on GPT-2 124M with random weights in float32. Arms, in turn within each round:
+law, on GPT-2 124M with random weights in float32. Arms:
   groups   PEFT: set_adapter, then that adapter's requests in padded batches, adapter after adapter
   mixed    PEFT: padded batches of neighbours with adapter_names
   paged    hf_paged.generate_many(adapters=[...])
   base     hf_paged.generate_many of the same requests on a model without adapters
-The batch size of the first two is the best of --sizes, found in one run of each. Tokens are compared between arms.
+The last two run in turn, --repeats times. The first two run once with each of --sizes, on whole batches spread over the
+work that cover about --subset requests, and the best rate counts. Tokens are compared between arms. Each result is
+written to --json as soon as it is there.
 
     python benchmarks/adapters.py [--model gpt2-124m] [--requests 64] [--adapters 16] [--rank 16]
-        [--repeats 3] [--json FILE]
+        [--repeats 3] [--subset 24] [--json FILE]
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from hf_paged._env import environment
 from hf_paged.comparison.arms import position_limit
 from hf_paged.comparison.models import build_random, parse_dtype
 from hf_paged.comparison.report import write_json
+from hf_paged.comparison.sampling import Unit, rate_error, sample_units
 from hf_paged.comparison.workloads import Request, workload_from_lengths
+from hf_paged.kernels import cpu_runtime
 
 #: Ratio of speeds -> what issue and docs ask for.
 TARGETS = {"paged / groups": 6.0, "paged / mixed": 3.0, "paged / base": 0.75}
@@ -86,23 +90,47 @@ def padded(model: Any, requests: list[Request], names: list[str] | None) -> Outp
     ]
 
 
-def run_groups(model: Any, requests: list[Request], names: list[str], size: int) -> Outputs:
-    outputs: Outputs = [[] for _ in requests]
+def group_batches(names: list[str], size: int) -> list[Unit]:
+    """Batches of one adapter each, adapter after adapter."""
+    batches = []
     for name in dict.fromkeys(names):
-        model.set_adapter(name)
         own = [i for i, n in enumerate(names) if n == name]
-        for start in range(0, len(own), size):
-            part = own[start : start + size]
-            for i, tokens in zip(part, padded(model, [requests[i] for i in part], None), strict=True):
-                outputs[i] = tokens
-    return outputs
+        batches += [Unit(tuple(own[start : start + size])) for start in range(0, len(own), size)]
+    return batches
 
 
-def run_mixed(model: Any, requests: list[Request], names: list[str], size: int) -> Outputs:
-    outputs: Outputs = []
-    for start in range(0, len(requests), size):
-        outputs += padded(model, requests[start : start + size], names[start : start + size])
-    return outputs
+def mixed_batches(names: list[str], size: int) -> list[Unit]:
+    """Batches of neighbours, whatever their adapters."""
+    places = range(len(names))
+    return [Unit(tuple(places[start : start + size])) for start in places[::size]]
+
+
+def run_peft(
+    arm: str, model: Any, requests: list[Request], names: list[str], size: int, subset: int | None, seed: int
+) -> tuple[dict[str, Any], dict[int, list[int]]]:
+    """One arm of PEFT with one batch size, on a sample of its batches: what was measured, and the tokens by request."""
+    units = (group_batches if arm == "groups" else mixed_batches)(names, size)
+    sample = sample_units(units, requests, subset, seed)
+    tokens, seconds, outputs = [], [], {}
+    for unit in sample:
+        own = [requests[i] for i in unit.indices]
+        start = time.perf_counter()
+        if arm == "groups":
+            model.set_adapter(names[unit.indices[0]])
+            rows = padded(model, own, None)
+        else:
+            rows = padded(model, own, [names[i] for i in unit.indices])
+        seconds.append(time.perf_counter() - start)
+        tokens.append(sum(map(len, rows)))
+        outputs |= dict(zip(unit.indices, rows, strict=True))
+    measured = {
+        "size": size,
+        "requests_run": len(outputs),
+        "tokens_per_second": sum(tokens) / sum(seconds),
+        "relative_error": rate_error(tokens, seconds, len(units)),
+        "seconds": sum(seconds),
+    }
+    return measured, outputs
 
 
 def run_paged(model: Any, requests: list[Request], names: list[str] | None) -> Outputs:
@@ -128,16 +156,13 @@ def timed(run: Callable[[], Outputs]) -> tuple[float, Outputs]:
     return time.perf_counter() - start, outputs
 
 
-def best_size(run: Callable[[int], Outputs], sizes: list[int]) -> int:
-    return min(sizes, key=lambda size: timed(lambda: run(size))[0])
-
-
-def agreement(a: Outputs, b: Outputs) -> float:
+def agreement(tokens: Outputs, others: dict[int, list[int]]) -> float:
     """Share of requests whose tokens are the same. Padding and ties move a few in float32."""
-    return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+    return sum(tokens[i] == other for i, other in others.items()) / len(others)
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Runs all arms; `keep` is called with what there is after each."""
     model, memory = build(arguments.model, arguments.adapters, arguments.rank)
     base = build_random(arguments.model, parse_dtype("float32"))
     workload = workload_from_lengths(
@@ -149,34 +174,45 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     requests = list(workload.requests)
     names = choose(len(requests), arguments.adapters, arguments.seed)
-    sizes = [int(s) for s in arguments.sizes.split(",")]
-    group = best_size(lambda size: run_groups(model, requests, names, size), sizes)
-    mixed = best_size(lambda size: run_mixed(model, requests, names, size), sizes)
+    run_paged(model, requests[:4], names[:4])  # loads what is loaded once a process
+    run_paged(base, requests[:4], None)
+    cpu_runtime.wait_for_loading()
+    run_paged(model, requests[:4], names[:4])
+    cpu_runtime.wait_for_loading()
     arms: dict[str, Callable[[], Outputs]] = {
-        "groups": lambda: run_groups(model, requests, names, group),
-        "mixed": lambda: run_mixed(model, requests, names, mixed),
         "paged": lambda: run_paged(model, requests, names),
         "base": lambda: run_paged(base, requests, None),
     }
-    run_paged(model, requests[:2], names[:2])  # compiles what is compiled once a process
-    rounds = []
-    for turn in range(arguments.repeats):
-        order = list(arms) if turn % 2 == 0 else list(reversed(arms))
-        runs = {name: timed(arms[name]) for name in order}
-        rounds.append({name: seconds for name, (seconds, _) in runs.items()})
-        outputs = {name: tokens for name, (_, tokens) in runs.items()}
-        print("  ".join(f"{name} {seconds:.1f} s" for name, seconds in rounds[-1].items()), flush=True)
-    tokens = sum(r.max_new_tokens for r in requests)
-    return {
+    rounds: list[dict[str, float]] = []
+    total = sum(r.max_new_tokens for r in requests)
+    result: dict[str, Any] = {
         "workload": workload.describe()
         | {"adapters": arguments.adapters, "rank": arguments.rank, "used": len(set(names))},
-        "batch_sizes": {"groups": group, "mixed": mixed},
-        "seconds": rounds,
-        "tokens_per_second": {name: tokens / statistics.median(r[name] for r in rounds) for name in arms},
-        "ratios": {label: [r[label.split(" / ")[1]] / r["paged"] for r in rounds] for label in TARGETS},
-        "same_requests": {name: agreement(outputs["paged"], outputs[name]) for name in ("groups", "mixed")},
         "memory_per_adapter": memory,
+        "seconds": rounds,
+        "peft": {"mixed": [], "groups": []},
+        "same_requests": {},
     }
+    for turn in range(arguments.repeats):
+        runs = {name: timed(arms[name]) for name in (arms if turn % 2 == 0 else reversed(arms))}
+        rounds.append({name: seconds for name, (seconds, _) in runs.items()})
+        print("  ".join(f"{name} {seconds:.1f} s" for name, seconds in rounds[-1].items()), flush=True)
+        keep(result)
+    ours = runs["paged"][1]
+    rates = {name: total / statistics.median(r[name] for r in rounds) for name in arms}
+    ratios = {"paged / base": statistics.median(r["base"] / r["paged"] for r in rounds)}
+    for arm, measured in result["peft"].items():
+        for size in map(int, arguments.sizes.split(",")):
+            one, outputs = run_peft(
+                arm, model, requests, names, size, arguments.subset or None, arguments.seed
+            )
+            measured.append(one)
+            result["same_requests"][arm] = agreement(ours, outputs)
+            print(f"{arm} in batches of {size}: {one['tokens_per_second']:.1f} tokens/s", flush=True)
+            keep(result)
+        rates[arm] = max(one["tokens_per_second"] for one in measured)
+        ratios[f"paged / {arm}"] = rates["paged"] / rates[arm]
+    return result | {"tokens_per_second": rates, "ratios": ratios}
 
 
 def main() -> None:
@@ -185,22 +221,27 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--sizes", default="4,8,16,32")
+    parser.add_argument("--sizes", default="8,16,32")
+    parser.add_argument("--subset", type=int, default=24, help="requests of PEFT's arms; 0 for all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    result = measure(arguments)
+
+    def keep(result: dict[str, Any]) -> None:
+        if arguments.json:
+            write_json(arguments.json, {"environment": environment(), **result})
+
+    result = measure(arguments, keep)
+    keep(result)
     missed = 0
     for label, target in TARGETS.items():
-        ratio = statistics.median(result["ratios"][label])
+        ratio = result["ratios"][label]
         missed += ratio < target
         print(f"{label}: {ratio:.2f} (must be ≥ {target:g}){'' if ratio >= target else '  MISSED'}")
-    print(f"requests with the same tokens: {result['same_requests']}; batch sizes: {result['batch_sizes']}")
+    print(f"requests with the same tokens: {result['same_requests']}")
     print(f"memory per adapter: {result['memory_per_adapter']:.2f} of its file (must be ≤ {MAX_MEMORY})")
-    if arguments.json:
-        write_json(arguments.json, {"environment": environment(), **result})
     raise SystemExit(1 if missed or result["memory_per_adapter"] > MAX_MEMORY else 0)
 
 

@@ -27,6 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="seed that picks the sub-grid of the parity tests; by default today's date, so that it rotates",
     )
+    parser.addoption(
+        "--soak-requests", type=int, default=0, help="requests of the server's soak test; 0 skips it"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

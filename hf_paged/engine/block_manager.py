@@ -134,17 +134,22 @@ class BlockManager:
         wanted = min(self.num_blocks + count, limit, self.max_blocks)
         if wanted <= self.num_blocks:
             return
-        try:
-            total = self._grow(wanted)
-        except KVCacheOutOfMemory:
-            self.max_blocks = self.num_blocks
-            return
+        total = self._grow_to(wanted)
         if total < wanted:
             self.max_blocks = total
         for block in range(self.num_blocks, total):
             self._ref.append(0)
             self._key.append(None)
             heapq.heappush(self._free, block)
+
+    def _grow_to(self, wanted: int) -> int:
+        """Grows by as much as can be had, down to a single block. Returns the blocks there are."""
+        while wanted > self.num_blocks:
+            try:
+                return self._grow(wanted)
+            except KVCacheOutOfMemory:
+                wanted = self.num_blocks + (wanted - self.num_blocks) // 2
+        return self.num_blocks
 
     def _take(self) -> int:
         block = heapq.heappop(self._free)

@@ -19,7 +19,7 @@ from hf_paged.engine.runtime import Runtime
 from hf_paged.engine.speculation import Speculator
 from hf_paged.engine.stats import Counters
 from hf_paged.engine.weights_guard import WeightsGuard
-from hf_paged.errors import EngineStateError, InvalidRequestError, RequestCancelledError
+from hf_paged.errors import EngineStateError, InvalidRequestError, KVCacheOutOfMemory, RequestCancelledError
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -191,7 +191,8 @@ class CallTable:
         stuck = dict.fromkeys(s.call for s in (*runtime.scheduler.running, *runtime.scheduler.waiting))
         of_which = f"{sum(len(s.block_table) for s in self.kept)} of them kept for returned past_key_values"
         text = f"no block is free for a waiting request: {runtime.manager.max_blocks} blocks, {of_which}"
-        self.fail(stuck, InvalidRequestError(text))
+        refused = runtime.manager.max_blocks < runtime.cache.max_blocks  # the system gave no more
+        self.fail(stuck, KVCacheOutOfMemory(text) if refused else InvalidRequestError(text))
 
     # --- when nothing runs ------------------------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ class Runtime:
     def went_idle(self) -> None:
         """Nothing is left to run."""
         self.trim()
+        self.manager.max_blocks = self.cache.max_blocks  # memory that was refused may be there next time
         if self._cpu_kernels is not None:
             self._cpu_kernels.load()
 

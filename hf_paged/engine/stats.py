@@ -36,6 +36,7 @@ class EngineStats:
     kv_waste: float = 0.0  # share of slots in used blocks that held no token, mean over steps
     peak_blocks_used: int = 0
     peak_blocks_if_unshared: int = 0  # what the peak would have been had no two sequences shared a block
+    kv_shared: float = 0.0  # share of the blocks of sequences that sharing saved, mean over steps
     mean_running: float = 0.0  # sequences in a step, mean over steps
     drafted_tokens: int = 0  # by prompt lookup or an assistant model, and computed
     accepted_tokens: int = 0  # drafted tokens that were right
@@ -67,6 +68,8 @@ class Counters:
     sum_running: int = 0
     waste_slots: int = 0
     used_slots: int = 0
+    used_blocks: int = 0
+    unshared_blocks: int = 0  # what sequences would use if none shared any
     peak_blocks_used: int = 0
     peak_blocks_if_unshared: int = 0
     drafted_tokens: int = 0
@@ -99,6 +102,8 @@ class Counters:
         self.used_slots += blocks * manager.block_size
         self.waste_slots += blocks * manager.block_size - tokens
         used = manager.num_used
+        self.used_blocks += used
+        self.unshared_blocks += blocks
         if self.trace is not None:
             self.trace.append(StepRecord(time.perf_counter(), num_sequences, used, tokens))
         if used >= self.peak_blocks_used:
@@ -120,6 +125,7 @@ def snapshot(counters: Counters, runtime: Runtime | None) -> EngineStats:
         kv_waste=c.waste_slots / c.used_slots if c.used_slots else 0.0,
         peak_blocks_used=c.peak_blocks_used,
         peak_blocks_if_unshared=c.peak_blocks_if_unshared,
+        kv_shared=max(0.0, 1 - c.used_blocks / c.unshared_blocks) if c.unshared_blocks else 0.0,
         mean_running=c.sum_running / c.steps if c.steps else 0.0,
         drafted_tokens=c.drafted_tokens,
         accepted_tokens=c.accepted_tokens,

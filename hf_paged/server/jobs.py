@@ -108,6 +108,14 @@ def make_jobs(
     if request.priority is not None and not limits.allow_priority:
         raise bad_request("priority: not allowed on this server", "priority")
     _check_lists(request, served, limits)
+    if (
+        request.min_tokens
+        and request.allowed_token_ids
+        and stops.token_ids.issuperset(request.allowed_token_ids)
+    ):
+        raise bad_request(
+            "allowed_token_ids: all of them end the text, which min_tokens forbids", "allowed_token_ids"
+        )
     _check_lengths(request, prompts, served, max_tokens, grammar)
     adapter = served.adapter_of(request.model)
     salt = repr((key_salt, request.cache_salt)) if key_salt or request.cache_salt else ""

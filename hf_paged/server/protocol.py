@@ -110,7 +110,7 @@ class Sampling(Body):
     # --- vLLM's
     top_k: Annotated[int | None, Field(ge=-1, le=2**31 - 1)] = None  # -1 and 0: all
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=1000)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None  # beyond, logits overflow
     min_tokens: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None
