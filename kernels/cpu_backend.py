@@ -115,6 +115,8 @@ class _Step:
     masks: dict[Any, Tensor] = field(default_factory=dict)
     #: sliding window -> [R + 1] int64 prefix sum of tiles, and its address
     starts: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
+    #: (bins, numbers of each) -> memory to work in, and its address
+    scratches: dict[tuple[int, int], tuple[np.ndarray, int]] = field(default_factory=dict)
     #: (bins, numbers of a state) -> states and owners of cut rows, and their addresses
     cut: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, int, int]] = field(default_factory=dict)
 
@@ -166,6 +168,13 @@ class _Step:
             self.starts[window] = starts, starts.ctypes.data
         return self.starts[window][1]
 
+    def scratch(self, bins: int, size: int) -> int:
+        """The address of float32 [bins, size] to work in, for one layer after another."""
+        if (bins, size) not in self.scratches:
+            numbers = np.empty((bins, size), np.float32)
+            self.scratches[bins, size] = numbers, numbers.ctypes.data
+        return self.scratches[bins, size][1]
+
     def cut_rows(self, bins: int, state_size: int) -> tuple[int, int]:
         """Addresses of the states and the owners of rows that bins cut; 0 where there is one bin."""
         if bins == 1:
@@ -213,6 +222,7 @@ def _attend_rows(
         step.rows_address, step.num_rows, starts, step.tables_address, step.block_tables.shape[1],
         step.slots_address, window, states, owners, 0 if sinks is None else sinks.data_ptr(),
         float_bits(scale), float_bits(softcap or 0.0), bins,
+        step.scratch(bins, kernels.scratch_size(heads, head_size)),
     )  # fmt: skip
     launch(kernels.attend_bin(wide_query.dtype, dtype), bins, arguments)
     if bins > 1:

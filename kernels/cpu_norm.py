@@ -24,6 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if (
         x.dtype not in _DTYPES
         or weight.dtype is not x.dtype
+        or x.shape[-1:] != weight.shape
         or x.device.type != "cpu"
         or not (x.is_contiguous() and weight.is_contiguous())
         or is_loading(x.dtype)

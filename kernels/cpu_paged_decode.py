@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from hf_paged.kernels.cpu_jit import FASTMATH, entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import (
     argument,
@@ -39,7 +37,7 @@ from hf_paged.kernels.cpu_row_attention import (
 )
 from hf_paged.kernels.cpu_store_kv import store_token
 
-__all__ = ["TILE", "attend_bin", "finish_cut_rows"]
+__all__ = ["TILE", "attend_bin", "finish_cut_rows", "scratch_size"]
 
 #: Rows are cut between bins at multiples of this many tokens.
 TILE = 16
@@ -129,12 +127,22 @@ def _attend_span(layer, token, block_table, begin, end, shape, scale, softcap, s
         first = last
 
 
+def scratch_size(heads: int, head_size: int) -> int:
+    """Float32 numbers a bin works in.
+
+    The caller owns them: numba frees an array of a kernel's own after the last line that names it, though its address
+    is still in use.
+    """
+    return heads * (head_size + CHUNK) + heads * (head_size + 2)
+
+
 @kernel_by_dtype
 def attend_bin(io_tag, tag):
     """Attends what falls into one bin.
 
     Arguments: the fields of `_Layer`, of `RowShape` and of `_Rows`; sinks ([H] float32, or 0), scale and softcap
-    (float32; 0 for none); how many bins there are. The dtypes are those of query and output, and of keys and values.
+    (float32; 0 for none); how many bins there are; scratch ([bins, `scratch_size`] float32). The dtypes are those
+    of query and output, and of keys and values.
     """
 
     @entry(fastmath=FASTMATH)
@@ -144,8 +152,7 @@ def attend_bin(io_tag, tag):
         scale, softcap = float_argument(arguments, 26), float_argument(arguments, 27)
         heads = shape.kv_heads * shape.group
         state_size = heads * (shape.head_size + 2)
-        buffer = np.empty(heads * (shape.head_size + CHUNK) + state_size, np.float32)
-        scratch = buffer.ctypes.data
+        scratch = argument(arguments, 29) + 4 * index * (heads * (shape.head_size + CHUNK) + state_size)
         local = scratch + 4 * heads * (shape.head_size + CHUNK)
         tiles = load_i64(rows.starts, rows.num_rows)
         low, high = tiles * index // bins, tiles * (index + 1) // bins

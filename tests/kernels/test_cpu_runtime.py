@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -215,3 +216,18 @@ def test_numba_that_cannot_be_imported(monkeypatch):
     finally:
         for cache in caches:
             cache.cache_clear()
+
+
+def test_no_kernel_goes_on_with_the_address_of_its_own_array():
+    """Numba frees an array after the last line that names it, whoever has its address: callers own all memory."""
+    for path in sorted((ROOT / "kernels").glob("cpu_*.py")):
+        tree = ast.parse(path.read_text())
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef) or not _is_compiled(function):
+                continue
+            names = [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+            assert "ctypes" not in names, f"{path.name}: {function.name}"
+
+
+def _is_compiled(function: ast.FunctionDef) -> bool:
+    return any("helper" in ast.unparse(d) or "entry" in ast.unparse(d) for d in function.decorator_list)
