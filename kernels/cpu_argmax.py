@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_paged.kernels.cpu_runtime import is_loading, kernel_module, launch, num_bins
+from hf_paged.kernels.cpu_runtime import launch, loaded_kernels, num_bins
 
 __all__ = ["argmax_rows"]
 
@@ -24,9 +24,8 @@ def argmax_rows(logits: Tensor) -> Tensor:
     """
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"argmax_rows: logits of shape {tuple(logits.shape)}; expected [R, V] with V >= 1")
-    kernels = None if is_loading(logits.dtype) else kernel_module("cpu_argmax_kernel")
-    tag = None if kernels is None else kernels.dtype_tag(logits.dtype)
-    if tag is None or logits.device.type != "cpu":
+    kernels = loaded_kernels("cpu_argmax_kernel", logits.dtype)
+    if kernels is None or logits.device.type != "cpu":
         return torch.argmax(logits, dim=-1)
     if logits.stride(1) != 1:
         logits = logits.contiguous()

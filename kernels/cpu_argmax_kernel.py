@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_paged.kernels.cpu_jit import dtype_tag, entry, helper, kernel_by_dtype
+from hf_paged.kernels.cpu_jit import entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import argument, item_bytes, load, ordered_bits, store_i64
 
-__all__ = ["argmax_part", "dtype_tag"]
+__all__ = ["argmax_part"]
 
 #: Numbers looked at before the search for the index of a new maximum: small enough to still be in the cache then.
 _BLOCK = 4096

@@ -27,10 +27,10 @@ from hf_paged.kernels.cpu_paged_prefill import LongQueries, attend_long_queries,
 from hf_paged.kernels.cpu_rope import rotate
 from hf_paged.kernels.cpu_runtime import (
     float_bits,
-    is_loading,
     kernel_module,
     launch,
     load_in_background,
+    loaded_kernels,
     num_bins,
 )
 from hf_paged.kernels.metadata import PagedMetadata
@@ -44,10 +44,10 @@ _MAX_ROW_QUERY, _MAX_ROW_PROMPT = 16, 32
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """See `hf_paged.kernels.ops.store_kv`."""
-    if _tag(k_cache.dtype) is None:
+    kernels = loaded_kernels("cpu_store_kv", k_cache.dtype)
+    if kernels is None:
         reference.store_kv(key, value, k_cache, v_cache, slot_mapping)
         return
-    kernels: Any = kernel_module("cpu_store_kv")
     key, value, slots = key.to(k_cache.dtype), value.to(k_cache.dtype), slot_mapping.contiguous()
     bins = num_bins(4 * key.numel() * key.element_size())
     arguments = (
@@ -71,11 +71,11 @@ def paged_attention(
     sinks: Tensor | None = None,  # [H]
 ) -> Tensor:
     """See `hf_paged.kernels.ops.paged_attention`."""
-    tag = _tag(k_cache.dtype)
-    name = "cpu.sdpa" if tag is None else "cpu"
+    has_kernels = loaded_kernels("cpu_paged_decode", k_cache.dtype) is not None
+    name = "cpu" if has_kernels else "cpu.sdpa"
     step = metadata.plan.get(name)
     if step is None:
-        step = metadata.plan[name] = _Step.of(metadata, has_kernels=tag is not None)
+        step = metadata.plan[name] = _Step.of(metadata, has_kernels=has_kernels)
     if step.groups and (softcap is not None or sinks is not None):
         return reference.paged_attention(
             query, key, value, k_cache, v_cache, metadata,
@@ -235,17 +235,6 @@ def _attend_rows(
 def _address(tensor: Tensor) -> tuple[int, int, int]:
     """Address, stride between tokens and stride between heads of [T, heads, D]."""
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
-
-
-def _tag(dtype: torch.dtype) -> Any | None:
-    """How numba kernels are told of `dtype`; None where there are no kernels for it, or not yet."""
-    return None if is_loading(dtype) else _known_tag(dtype)
-
-
-@functools.cache
-def _known_tag(dtype: torch.dtype) -> Any | None:
-    module = kernel_module("cpu_jit")
-    return None if module is None else module.dtype_tag(dtype)
 
 
 def load_kernels(dtype: torch.dtype) -> None:

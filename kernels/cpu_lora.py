@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hf_paged.kernels.cpu_runtime import (
     is_loading,
-    kernel_module,
     launch,
     load_in_background,
+    loaded_kernels,
     num_bins,
 )
 from hf_paged.kernels.lora_matmul import LoraGroup, add_products
@@ -73,10 +73,7 @@ def _kernels(dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
         _known.add(key)
         load_in_background(key, functools.partial(_warm_up, dtype, adapter_dtype))
         return None
-    kernels: Any = kernel_module("cpu_lora_kernel")
-    if kernels is None or kernels.dtype_tag(dtype) is None or kernels.dtype_tag(adapter_dtype) is None:
-        return None
-    return kernels
+    return loaded_kernels("cpu_lora_kernel", dtype, adapter_dtype)
 
 
 #: What has been asked to load in this process, or in the one it was forked from.

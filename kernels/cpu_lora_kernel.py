@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_paged.kernels.cpu_jit import FASTMATH, dtype_tag, entry, helper, kernel_by_dtype
+from hf_paged.kernels.cpu_jit import FASTMATH, entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_lora_tile import SIDE, add_tile
 from hf_paged.kernels.cpu_memory import argument, item_bytes, load, load_f32, load_i64, store, store_f32
 
-__all__ = ["FIELDS", "TILE", "dtype_tag", "expand", "shrink"]
+__all__ = ["FIELDS", "TILE", "expand", "shrink"]
 
 #: Numbers in a row of the table.
 FIELDS = 7

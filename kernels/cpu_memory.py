@@ -99,16 +99,6 @@ def copy_bits(typing_context, source, target, index, tag):
 
 
 @intrinsic
-def argument(typing_context, arguments, place):
-    """The int64 among a kernel's arguments at `place`."""
-
-    def generate(context, builder, signature, args):
-        return builder.load(_pointer(builder, *args, _I64), align=8)
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
 def float_argument(typing_context, arguments, place):
     """The float32 that `cpu_runtime.float_bits` put at `place`."""
 
@@ -142,48 +132,35 @@ def load_i32(typing_context, address, index):
     return types.int64(types.int64, types.int64), generate
 
 
-@intrinsic
-def load_i64(typing_context, address, index):
-    """The int64 at `address[index]`."""
+def _loader(number, element, align):
+    @intrinsic
+    def load_number(typing_context, address, index):
+        def generate(context, builder, signature, args):
+            return builder.load(_pointer(builder, *args, element), align=align)
 
-    def generate(context, builder, signature, args):
-        return builder.load(_pointer(builder, *args, _I64), align=8)
+        return number(types.int64, types.int64), generate
 
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
-def store_i64(typing_context, address, index, number):
-    """Writes an int64 to `address[index]`."""
-
-    def generate(context, builder, signature, args):
-        address, index, number = args
-        builder.store(number, _pointer(builder, address, index, _I64), align=8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
+    return load_number
 
 
-@intrinsic
-def load_f32(typing_context, address, index):
-    """The float32 at `address[index]`."""
+def _storer(number, element, align):
+    @intrinsic
+    def store_number(typing_context, address, index, value):
+        def generate(context, builder, signature, args):
+            address, index, value = args
+            builder.store(value, _pointer(builder, address, index, element), align=align)
+            return context.get_dummy_value()
 
-    def generate(context, builder, signature, args):
-        return builder.load(_pointer(builder, *args, _F32), align=4)
+        return types.void(types.int64, types.int64, number), generate
 
-    return types.float32(types.int64, types.int64), generate
+    return store_number
 
 
-@intrinsic
-def store_f32(typing_context, address, index, number):
-    """Writes a float32 to `address[index]`."""
-
-    def generate(context, builder, signature, args):
-        address, index, number = args
-        builder.store(number, _pointer(builder, address, index, _F32), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), generate
+#: The int64, or the float32, at `address[index]`; and writing one there.
+load_i64, store_i64 = _loader(types.int64, _I64, 8), _storer(types.int64, _I64, 8)
+load_f32, store_f32 = _loader(types.float32, _F32, 4), _storer(types.float32, _F32, 4)
+#: The int64 among a kernel's arguments at a place.
+argument = load_i64
 
 
 @intrinsic

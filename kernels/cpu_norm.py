@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_paged.kernels.cpu_runtime import float_bits, is_loading, kernel_module, launch, num_bins
+from hf_paged.kernels.cpu_runtime import float_bits, launch, loaded_kernels, num_bins
 
 __all__ = ["rms_norm"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,17 +17,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: [..., E]. weight: [E] of the same dtype. eps: added to the mean square.
     """
+    kernels = loaded_kernels("cpu_norm_kernel", x.dtype)
     if (
-        x.dtype not in _DTYPES
+        kernels is None
         or weight.dtype is not x.dtype
         or x.shape[-1:] != weight.shape
         or x.device.type != "cpu"
         or not (x.is_contiguous() and weight.is_contiguous())
-        or is_loading(x.dtype)
     ):
-        return F.rms_norm(x, weight.shape, weight, eps)
-    kernels: Any = kernel_module("cpu_norm_kernel")
-    if kernels is None or kernels.dtype_tag(x.dtype) is None:
         return F.rms_norm(x, weight.shape, weight, eps)
     size = weight.shape[0]
     output = torch.empty_like(x)

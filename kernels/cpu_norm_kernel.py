@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from hf_paged.kernels.cpu_jit import FASTMATH, dtype_tag, entry, kernel_by_dtype
+from hf_paged.kernels.cpu_jit import FASTMATH, entry, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import argument, float_argument, item_bytes, load, store
 
-__all__ = ["dtype_tag", "rms_norm_rows"]
+__all__ = ["rms_norm_rows"]
 
 
 @kernel_by_dtype

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from hf_paged.kernels.cpu_runtime import is_loading, kernel_module, launch, num_bins
+from hf_paged.kernels.cpu_runtime import launch, loaded_kernels, num_bins
 
 __all__ = ["rotate"]
 
@@ -22,20 +20,18 @@ def rotate(
     Computed in float32 and rounded once. None where the kernel does not take these tensors, or is not loaded yet.
     """
     dtype = x.dtype
+    kernels = loaded_kernels("cpu_rope_kernel", dtype)
     if (
-        cos.dtype is not dtype
+        kernels is None
+        or cos.dtype is not dtype
         or sin.dtype is not dtype
         or x.device.type != "cpu"
-        or is_loading(dtype)
         or x.shape[2] % 2
         or cos.shape != (x.shape[0], x.shape[2])
         or sin.shape != cos.shape
         or x.stride(2) != 1
         or not (cos.is_contiguous() and sin.is_contiguous())
     ):
-        return None
-    kernels: Any = kernel_module("cpu_rope_kernel")
-    if kernels is None or kernels.dtype_tag(dtype) is None:
         return None
     output = torch.empty(x.shape, dtype=dtype)
     arguments = (

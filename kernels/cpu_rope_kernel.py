@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hf_paged.kernels.cpu_jit import FASTMATH, dtype_tag, entry, helper, kernel_by_dtype
+from hf_paged.kernels.cpu_jit import FASTMATH, entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import argument, item_bytes, load, store
 
-__all__ = ["dtype_tag", "rotate_heads"]
+__all__ = ["rotate_heads"]
 
 
 @helper(inline="always", fastmath=FASTMATH)

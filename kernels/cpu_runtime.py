@@ -35,6 +35,7 @@ __all__ = [
     "kernel_module",
     "launch",
     "load_in_background",
+    "loaded_kernels",
     "num_bins",
     "wait_for_loading",
 ]
@@ -146,6 +147,19 @@ def kernel_module(name: str) -> ModuleType | None:
         _warn_numba(f"{type(error).__name__}: {error}")
         return None
     return importlib.import_module(f"hf_paged.kernels.{name}")
+
+
+def loaded_kernels(name: str, *dtypes: torch.dtype) -> Any | None:
+    """The module `hf_paged.kernels.<name>`; None where kernels for one of `dtypes` are not to be had, or not yet."""
+    if any(map(is_loading, dtypes)) or not all(map(_has_kernels, dtypes)):
+        return None
+    return kernel_module(name)
+
+
+@functools.cache
+def _has_kernels(dtype: torch.dtype) -> bool:
+    module: Any = kernel_module("cpu_jit")
+    return module is not None and module.dtype_tag(dtype) is not None
 
 
 @functools.cache

@@ -31,6 +31,11 @@ def inputs(seed=0, lengths=(5, 17, 9)):
     return left_pad(random_prompts(lengths, seed=seed), PAD)
 
 
+def engine_threads() -> list[threading.Thread]:
+    """Not the threads of the servers that other tests of this session keep, nor the one that loads kernels."""
+    return [t for t in threading.enumerate() if t.name.startswith("hf_paged-engine")]
+
+
 def test_two_enabled_models_from_two_threads():
     models = [hf_paged.enable(make_model(f)) for f in ("gpt2", "llama")]
     expected = [make_model(f).generate(**inputs(), **KWARGS) for f in ("gpt2", "llama")]
@@ -61,7 +66,7 @@ def test_many_threads_share_one_model(family):
             for want, got in zip(expected, results, strict=True):
                 assert_same_tokens(got, want)
     hf_paged.disable(model)
-    assert not [t for t in threading.enumerate() if t.name.startswith("hf_paged")]
+    assert not engine_threads()
 
 
 def test_submitted_requests_make_progress_unwaited():
@@ -100,7 +105,7 @@ def test_disable_while_requests_run_fails_them():
     for handle in handles:
         with pytest.raises(hf_paged.EngineStateError, match="disabled"):
             handle.result(timeout=30)
-    assert not [t for t in threading.enumerate() if t.name.startswith("hf_paged")]
+    assert not engine_threads()
 
 
 def test_inference_mode_then_no_grad_and_the_reverse():

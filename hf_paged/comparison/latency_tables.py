@@ -8,21 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from hf_paged.comparison.numbers import duration, median, short, size, times
-from hf_paged.comparison.reports import Change, Report, pairs_of, rate_of, title_of
+from hf_paged.comparison.reports import LATENCIES, LATENCY_HEAD, Change, Report, pairs_of, rate_of, title_of
 
 if TYPE_CHECKING:
     from hf_paged.comparison.report import ArmReport, CompareReport
-
-_LATENCIES = (
-    ("ttft", "p50"),
-    ("ttft", "p99"),
-    ("tpot", "p50"),
-    ("tpot", "p99"),
-    ("itl", "p99"),
-    ("e2e", "p50"),
-    ("e2e", "p99"),
-)
-_HEAD = ("TTFT p50", "p99", "TPOT p50", "p99", "ITL p99", "E2E p50", "p99")
 
 
 def latency_table(report: CompareReport) -> Table:
@@ -34,7 +23,7 @@ def latency_table(report: CompareReport) -> Table:
         + ", ".join(f"{name.upper()} ≤ {duration(value)}" for name, value in limits.items()),
     )
     table.add_column("arm", no_wrap=True)
-    for name in (*_HEAD, "goodput", "running", "KV peak"):
+    for name in (*LATENCY_HEAD, "goodput", "running", "KV peak"):
         table.add_column(name, justify="right", no_wrap=True)
     for arm in report.arms:
         if arm.runs:
@@ -48,10 +37,10 @@ def rates_table(report: CompareReport) -> Table:
         title="Under Poisson arrivals", caption="An arm that fell behind is not run at higher rates"
     )
     table.add_column("arm", no_wrap=True)
-    for name in ("requests/s", *_HEAD, "goodput", ""):
+    for name in ("requests/s", *LATENCY_HEAD, "goodput", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rates:
-        cells = [_text(row.latency.get(m, {}).get(s), duration) for m, s in _LATENCIES]
+        cells = [_text(row.latency.get(m, {}).get(s), duration) for m, s in LATENCIES]
         good = (
             ""
             if row.goodput is None
@@ -100,7 +89,7 @@ def baseline_table(found: Sequence[Change]) -> Table:
 
 
 def _cells(arm: ArmReport) -> list[str]:
-    cells = [_text(arm.latency(m, s), duration) for m, s in _LATENCIES]
+    cells = [_text(arm.latency(m, s), duration) for m, s in LATENCIES]
     goods = [r.goodput for r in arm.runs if r.goodput]
     rate, share = median(g["requests_per_second"] for g in goods), median(g["share"] for g in goods)
     cells.append("" if rate is None or share is None else f"{short(rate)} ({share:.0%})")

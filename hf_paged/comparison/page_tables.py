@@ -9,6 +9,8 @@ from typing import Any
 
 from hf_paged.comparison.numbers import duration, median, short, size, times
 from hf_paged.comparison.reports import (
+    LATENCIES,
+    LATENCY_HEAD,
     Change,
     Report,
     latency_of,
@@ -50,18 +52,8 @@ def _rate_and_gain(report: Report, rates: Mapping[str, float], name: str) -> str
 
 def arm_table(report: Report) -> str:
     """One row an arm: speed, latencies, batch, memory, equality."""
-    head = [
-        "arm",
-        "tokens/s",
-        "hf_paged ×",
-        "TTFT p50",
-        "p99",
-        "TPOT p50",
-        "p99",
-        "ITL p99",
-        "E2E p50",
-        "p99",
-    ] + ["goodput /s", "running", "KV waste", "KV peak", "peak memory", "greedy tokens"]
+    head = ["arm", "tokens/s", "hf_paged ×", *LATENCY_HEAD]
+    head += ["goodput /s", "running", "KV waste", "KV peak", "peak memory", "greedy tokens"]
     rows = []
     for arm in report["arms"]:
         if not arm["runs"]:
@@ -72,7 +64,7 @@ def arm_table(report: Report) -> str:
             continue
         failed = f' <span class="loss">{escape(arm["error"])}</span>' if arm["error"] else ""
         cells = [escape(arm["title"]) + failed, short(rate_of(arm)), _ratio_cell(report, arm["name"])]
-        for measure, statistic in _LATENCIES:
+        for measure, statistic in LATENCIES:
             cells.append(_or_none(latency_of(arm, measure, statistic), duration))
         cells.append(_goodput(arm))
         for column, text in _COLUMNS:
@@ -84,15 +76,6 @@ def arm_table(report: Report) -> str:
     )
 
 
-_LATENCIES = (
-    ("ttft", "p50"),
-    ("ttft", "p99"),
-    ("tpot", "p50"),
-    ("tpot", "p99"),
-    ("itl", "p99"),
-    ("e2e", "p50"),
-    ("e2e", "p99"),
-)
 _COLUMNS = (
     ("mean_running", short),
     ("kv_waste", lambda v: f"{v:.1%}"),
@@ -103,24 +86,13 @@ _COLUMNS = (
 
 def rate_table(report: Report) -> str:
     """One row an arm and rate."""
-    head = [
-        "arm",
-        "requests/s",
-        "TTFT p50",
-        "p99",
-        "TPOT p50",
-        "p99",
-        "ITL p99",
-        "E2E p50",
-        "p99",
-        "tokens/s",
-    ]
+    head = ["arm", "requests/s", *LATENCY_HEAD, "tokens/s"]
     head += ["goodput /s", "within limits", ""]
     titles = {a["name"]: a["title"] for a in report["arms"]}
     rows = []
     for row in report["rates"]:
         cells = [escape(titles.get(row["arm"], row["arm"])), short(row["rate"])]
-        cells += [_or_none(row["latency"].get(m, {}).get(s), duration) for m, s in _LATENCIES]
+        cells += [_or_none(row["latency"].get(m, {}).get(s), duration) for m, s in LATENCIES]
         good = row["goodput"]
         cells += [short(row["tokens_per_second"])]
         cells += [short(good["requests_per_second"]), f"{good['share']:.0%}"] if good else [_NONE, _NONE]

@@ -16,6 +16,18 @@ from hf_paged.comparison.report import SCHEMA_VERSION
 
 Report = Mapping[str, Any]
 
+#: The latencies that tables show, in order, and how their columns are headed.
+LATENCIES = (
+    ("ttft", "p50"),
+    ("ttft", "p99"),
+    ("tpot", "p50"),
+    ("tpot", "p99"),
+    ("itl", "p99"),
+    ("e2e", "p50"),
+    ("e2e", "p99"),
+)
+LATENCY_HEAD = ("TTFT p50", "p99", "TPOT p50", "p99", "ITL p99", "E2E p50", "p99")
+
 
 def bundle(reports: Sequence[Report]) -> dict[str, Any]:
     """What is saved for several scenarios: one file with all."""

@@ -169,15 +169,15 @@ def test_layers_of_one_step_share_its_plan():
 
 
 def test_without_kernels_sdpa_takes_every_sequence(monkeypatch):
-    monkeypatch.setattr(cpu_backend, "kernel_module", lambda name: None)
-    cpu_backend._known_tag.cache_clear()
+    monkeypatch.setattr(cpu_runtime, "kernel_module", lambda name: None)
+    cpu_runtime._has_kernels.cache_clear()
     try:
         assert_exact(make_case(MIXED, group=2))
         assert_exact(make_case(MIXED), sliding_window=7)
         assert_exact(make_case(MIXED), softcap=2.0)
     finally:
         monkeypatch.undo()
-        cpu_backend._known_tag.cache_clear()
+        cpu_runtime._has_kernels.cache_clear()
 
 
 def test_an_empty_step():

@@ -199,7 +199,7 @@ def test_numba_that_cannot_be_imported(monkeypatch):
         return import_module(name)
 
     monkeypatch.setattr(cpu_runtime.importlib, "import_module", fail)
-    caches = (cpu_runtime.kernel_module, cpu_runtime._warn_numba, cpu_backend._known_tag)
+    caches = (cpu_runtime.kernel_module, cpu_runtime._warn_numba, cpu_runtime._has_kernels)
     for cache in caches:
         cache.cache_clear()
     try:
