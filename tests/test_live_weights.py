@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -129,6 +130,47 @@ def test_a_change_under_running_requests_fails_those_and_no_later_one(model: Any
         plain.generate(**INPUTS, max_new_tokens=12, do_sample=False),
     )
     assert hf_paged.stats(model).kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("way", ["generate", "submit", "many", "streamer"])
+def test_a_call_held_back_by_a_pause_runs_with_the_weights_after_it(model: Any, way: str) -> None:
+    """It was prepared before: what was cached, and the version it was given, are of the weights before."""
+    plain = make_model("llama")
+    options = {"max_new_tokens": 12, "do_sample": False}
+    prompt = [*SHARED, 5]
+    ids = torch.tensor([prompt])
+    model.generate(ids, **options)
+    results: list[Any] = []
+
+    def run() -> None:
+        if way == "submit":
+            results.append(hf_paged.engine(model).submit(prompt, **options).result(DEADLINE_S).token_ids)
+        elif way == "many":
+            results.append(hf_paged.generate_many(model, [prompt], **options)[0].token_ids)
+        else:
+            streamer = _Silent() if way == "streamer" else None
+            results.append(model.generate(ids, streamer=streamer, **options)[0, len(prompt) :].tolist())
+
+    thread = threading.Thread(target=run)
+    with hf_paged.paused(model):
+        thread.start()
+        crank = registry.get(model)._crank
+        deadline = time.monotonic() + DEADLINE_S
+        while not crank._idle._waiters and time.monotonic() < deadline:
+            time.sleep(0.001)
+        CHANGES[".data.copy_"](model)
+        CHANGES[".data.copy_"](plain)
+    thread.join(DEADLINE_S)
+    wanted = plain.generate(ids, **options)
+    assert_same_tokens(torch.tensor([prompt + results[0]]), wanted)
+
+
+class _Silent:
+    def put(self, value: Any) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
 def _slowed(model: Any) -> Any:

@@ -187,15 +187,7 @@ def run_traffic(model: Any, num_threads: int, per_thread: int, *, seed: int, sta
     assert stats.peak_running > 1
 
 
-KNOWN = (
-    "a call that begins before a paused() block and is held back by it keeps the weights version of before"
-)
-
-
-@pytest.mark.parametrize(
-    "states",
-    [1, pytest.param(NUM_STATES, marks=pytest.mark.xfail(raises=hf_paged.WeightsChangedError, reason=KNOWN))],
-)
+@pytest.mark.parametrize("states", [1, NUM_STATES])
 def test_every_result_is_that_of_the_request_alone(served: Any, states: int) -> None:
     run_traffic(served, 8, 6, seed=1, states=states)
 

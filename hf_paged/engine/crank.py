@@ -29,10 +29,15 @@ _PATIENCE_S = 0.05
 
 
 class Crank:
-    """The turning of one engine: `run`, `submit`, `cancel` and `call_soon` may come from any thread."""
+    """The turning of one engine: `run`, `submit`, `cancel` and `call_soon` may come from any thread.
 
-    def __init__(self, loop: StepLoop) -> None:
+    Args:
+        renew: called with a call that was made before a `paused` block and is taken up after it.
+    """
+
+    def __init__(self, loop: StepLoop, renew: Callable[[Call], object]) -> None:
         self._loop = loop
+        self._renew = renew
         # Reentrant: the garbage collector may run in any line here, and drop a cache whose blocks go back.
         self._mutex = threading.RLock()
         self._idle = threading.Condition(self._mutex)
@@ -44,6 +49,7 @@ class Crank:
         self._hand_over = False  # the holding caller shall let an engine thread take over
         self._thread: threading.Thread | None = None
         self._paused_by: int | None = None  # the thread that changes weights now
+        self.num_pauses = 0  # `paused` blocks that have ended
 
     @property
     def is_idle(self) -> bool:
@@ -66,7 +72,7 @@ class Crank:
         for call in calls:
             call.wake = wake
         with self._mutex:
-            self._wait_while_paused()
+            self._let_in(calls)
             self._inbox.extend(partial(self._loop.take_up, call) for call in calls)
             self._callers += 1
             self._inside[me] += 1
@@ -96,7 +102,7 @@ class Crank:
 
     def submit(self, call: Call) -> None:
         with self._mutex:
-            self._wait_while_paused()
+            self._let_in([call])
             self._inbox.append(partial(self._loop.take_up, call))
             self._want_thread()
 
@@ -156,13 +162,17 @@ class Crank:
         finally:
             with self._idle:
                 self._paused_by = None
+                self.num_pauses += 1
                 self._idle.notify_all()
 
-    def _wait_while_paused(self) -> None:
-        """With the mutex held."""
+    def _let_in(self, calls: Sequence[Call]) -> None:
+        """With the mutex: waits while another thread changes weights."""
         if self._paused_by == threading.get_ident():
             raise EngineStateError("the engine is paused by this thread: generate after the paused() block")
         self._idle.wait_for(lambda: self._paused_by is None)
+        for call in calls:
+            if call.num_pauses != self.num_pauses:
+                self._renew(call)
 
     def close(self, error: BaseException) -> None:
         """Ends every call with `error` and returns when nobody turns any more and no thread is left."""

@@ -17,21 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.config import PagedConfig
-from hf_paged.engine.adapters import AdapterHost, Selection, base_modules
+from hf_paged.engine.adapters import AdapterHost, Selection
 from hf_paged.engine.ambient import Ambient
 from hf_paged.engine.assistant import AssistantHost
 from hf_paged.engine.crank import Crank, Until
 from hf_paged.engine.groups import most_blocks
 from hf_paged.engine.loop import StepLoop
+from hf_paged.engine.namespaces import NamespaceMaker, Namespaces, assign
 from hf_paged.engine.request import Call, FinishReason, Sequence, SequenceGroup
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
-from hf_paged.engine.weights import (
-    Samples,
-    adapters_version,
-    optimizer_steps,
-    watch_optimizers,
-    weights_version,
-)
+from hf_paged.engine.weights import watch_optimizers
 from hf_paged.errors import EngineStateError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -67,9 +62,8 @@ class PagedEngine:
         self.front: Any = None  # what `enable` put on the model itself, to be reverted with the patch
         self.replaced_generate: Any = None  # the instance's own `generate` before that
         self._loop = StepLoop(model, patch, config)
-        self._crank = Crank(self._loop)
-        self._weights: tuple[bytes, int] | None = None
-        self._samples = Samples()
+        self._crank = Crank(self._loop, self._renew)
+        self._namespaces = NamespaceMaker(config.cache_salt, self.invalidate)
         self._closed = False
 
     # --- the model as it is now -------------------------------------------------------------------------------------
@@ -95,9 +89,7 @@ class PagedEngine:
         """The calling thread's ambient state, for `Call.ambient`."""
         return Ambient.capture((self._loop.runtime or self._loop.ready()).device.type)
 
-    def namespaces(
-        self, selections: Iterable[Selection | None], salt: str = ""
-    ) -> dict[Selection | None, bytes]:
+    def namespaces(self, selections: Iterable[Selection | None], salt: str = "") -> Namespaces:
         """The prefix-cache namespaces of calls made now: weights as they are, adapters and salt.
 
         When the base weights changed since the last call every cached prefix is dropped.
@@ -106,20 +98,13 @@ class PagedEngine:
             selections: of the sequences; None for what no selection can say.
             salt: prefixes are only shared between calls of one salt, besides `cache_salt` of the config.
         """
-        modules = tuple(base_modules(self.model))
-        version = weights_version(modules, self._samples)
-        # Optimizers that work on copies (master weights) may leave no other trace than that they ran.
-        steps = optimizer_steps()
-        if (version, steps) != self._weights:
-            if self._weights is not None:
-                self.invalidate()
-            self._weights = (version, steps)
-        salts = repr((self.config.cache_salt, salt, steps)).encode()
-        # `WeightsGuard` compares how they begin.
-        return {
-            s: b"\0".join((version, adapters_version(modules, None if s is None else s.names), salts))
-            for s in set(selections)
-        }
+        return self._namespaces.make(self.model, selections, self._crank.num_pauses, salt)
+
+    def _renew(self, call: Call) -> None:
+        """Weights may have changed in a `paused()` block that began after the namespaces of `call` were made."""
+        selections = {s.adapters for s in call.sequences if s.own_namespace is not None}
+        if selections:
+            assign(call, self.namespaces(selections, call.salt))
 
     def set_assistants(self, host: AssistantHost) -> None:
         """Who patches the assistant models of calls that speculate."""
@@ -269,7 +254,7 @@ class PagedEngine:
     def reset_after_fork(self) -> None:
         """In a forked child: the parent's calls are not ours, its threads do not exist here."""
         self._loop.restart_empty()
-        self._crank = Crank(self._loop)
+        self._crank = Crank(self._loop, self._renew)
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 

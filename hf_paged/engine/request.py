@@ -145,6 +145,8 @@ class Call:
     sampling: Any
     ambient: Any = None  # hashable; sequences of different ambient state never share a step
     namespace: bytes | None = b""
+    num_pauses: int = 0  # see `engine.namespaces.Namespaces`
+    salt: str = ""
     priority: int = 0  # lower runs first
     #: Finished rows go on with pad tokens until all rows are finished, as upstream does, for scores and
     #: returned caches.

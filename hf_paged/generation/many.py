@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import SeededDraws
+from hf_paged.engine.namespaces import Namespaces
 from hf_paged.engine.request import Call, FinishReason
 from hf_paged.errors import FallbackError, InvalidRequestError
 from hf_paged.generation.adapters import select_each
@@ -122,7 +123,7 @@ def _call(
     seed: int,
     index: int,
     selection: Selection | None,
-    namespaces: Mapping[Selection | None, bytes],
+    namespaces: Namespaces,
 ) -> Call:
     draws = SeededDraws(seed, index) if prepared.config.do_sample else None
     rows = [selection] * prepared.num_copies

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from transformers import MaxLengthCriteria
@@ -10,6 +10,7 @@ from transformers import MaxLengthCriteria
 from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import Draws, LockstepDraws
 from hf_paged.engine.lockstep import Lockstep
+from hf_paged.engine.namespaces import Namespaces, assign
 from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import LogitsEdit, SamplingSpec
 from hf_paged.generation.beams import advances_whole, beam_options, group_rows
@@ -32,7 +33,7 @@ def build_call(
     logprobs: int | None = None,
     raw_logprobs: bool = False,
     edit: LogitsEdit | None = None,
-    namespaces: Mapping[Selection | None, bytes | None] | None = None,
+    namespaces: Namespaces | None = None,
     priority: int = 0,
     outputs: bool = True,
 ) -> Call:
@@ -74,13 +75,12 @@ def build_call(
         edit=edit,
         beams=beams,
     )
-    if namespaces is None:
-        leaves_nothing = _leaves_nothing(engine, prepared, outputs)
-        namespaces = dict.fromkeys(adapters) if leaves_nothing else engine.namespaces(adapters)
+    if namespaces is None and not _leaves_nothing(engine, prepared, outputs):
+        namespaces = engine.namespaces(adapters)
     call = Call(
         sampling=spec,
         ambient=engine.ambient(),
-        namespace=namespaces[adapters[0]],
+        namespace=None if namespaces is None else namespaces[adapters[0]],
         priority=priority,
         run_on=beams is None and (outputs or filled_on or lockstep or rows_go_on(prepared)),
         keep_kv=outputs or filled_on,
@@ -98,10 +98,12 @@ def build_call(
             fork_of=first if first != row and beams is None and given is None else None,
         )
         sequence.adapters = adapters[row]
-        sequence.own_namespace = namespaces[adapters[row]]
+        sequence.own_namespace = None if namespaces is None else namespaces[adapters[row]]
         if given is not None:  # nobody else may take its blocks for those of the tokens alone
             sequence.given_kv = given
             sequence.own_namespace = call.namespace = None
+    if namespaces is not None:
+        assign(call, namespaces)
     if beams is not None:
         group_rows(call, copies, whole=outputs or advances_whole(prepared))
     return call

@@ -15,8 +15,8 @@ import torch
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import SeededDraws
+from hf_paged.engine.namespaces import Namespaces
 from hf_paged.errors import InvalidRequestError
 from hf_paged.generation.adapters import select_rows
 from hf_paged.generation.checks import early_reasons, late_reasons
@@ -68,7 +68,7 @@ class BatchRequests:
     ) -> None:
         self._model, self._engine = model, engine
         self._config, self._batching = generation_config, batching_config
-        self._namespaces: dict[Selection | None, bytes] = {}
+        self._namespaces: Namespaces | None = None
         self._configs: dict[tuple[Any, ...], GenerationConfig] = {}
         self._seed: int | None = getattr(batching_config, "seed", None)
         if generation_config.do_sample and self._seed is None:
@@ -123,8 +123,9 @@ class BatchRequests:
         )
         logprobs = 0 if getattr(self._batching, "return_logprobs", False) else None
         selections = select_rows(self._engine, prepared)
-        if not self._namespaces.keys() >= set(selections):
-            self._namespaces |= self._engine.namespaces(selections)
+        if self._namespaces is None or not self._namespaces.keys() >= set(selections):
+            known = () if self._namespaces is None else self._namespaces.keys()
+            self._namespaces = self._engine.namespaces([*known, *selections])
         return build_call(
             self._engine,
             prepared,
@@ -137,7 +138,7 @@ class BatchRequests:
 
     def look_again(self) -> None:
         """Weights and adapters may have changed since the last calls were made."""
-        self._namespaces = {}
+        self._namespaces = None
 
     def limit_for(self, num_prompt_tokens: int) -> int:
         """Most new tokens a prompt of this length can get, where the user set no limit."""

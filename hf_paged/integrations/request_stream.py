@@ -19,8 +19,8 @@ from transformers.generation import logits_process as warpers
 from transformers.generation import stopping_criteria
 from transformers.pipelines.text_generation import ReturnType
 
-from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import SeededDraws
+from hf_paged.engine.namespaces import Namespaces
 from hf_paged.engine.sampling import unsupported
 from hf_paged.generation.adapters import select_rows
 from hf_paged.generation.backend import paged_generate
@@ -128,7 +128,7 @@ class RequestStream:
         self._seed: int | None = None
         self._num_taken = 0
         #: Of the requests started for one result.
-        self._namespaces: dict[Selection | None, bytes] = {}
+        self._namespaces: Namespaces | None = None
 
     def starts(self) -> bool:
         """Takes the first item; whether its options let it, and so all items, run as a stream."""
@@ -172,7 +172,7 @@ class RequestStream:
 
     def _fill(self) -> None:
         """Takes items while the first result is not ready and there is room; some even if it is."""
-        self._namespaces = {}
+        self._namespaces = None
         taken = 0
         while not self._exhausted and self._in_flight < self._most_in_flight:
             if self._pending:
@@ -257,8 +257,9 @@ class RequestStream:
                 self._seed = fresh_seed()
             draws = SeededDraws(self._seed, self._num_taken)
         selections = select_rows(self._engine, prepared)
-        if not self._namespaces.keys() >= set(selections):
-            self._namespaces |= self._engine.namespaces(selections)
+        if self._namespaces is None or not self._namespaces.keys() >= set(selections):
+            known = () if self._namespaces is None else self._namespaces.keys()
+            self._namespaces = self._engine.namespaces([*known, *selections])
         call = build_call(self._engine, prepared, selections, draws=draws, namespaces=self._namespaces)
         self._engine.count_native()
         call.submitted_at = time.perf_counter()
