@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -12,6 +13,22 @@ from torch import Tensor
 from hf_paged.engine.adapters import Selection
 from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.step import AdapterRuns, StepInputs, StepPlan
+
+#: Up to this many sequences of one new token each, Python lists are quicker than numpy's two dozen calls.
+_FEW = 8
+
+
+@dataclass
+class _Arrays:
+    """The numbers of a step on the host. Shapes and dtypes are those of `PagedMetadata` and `StepInputs`."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    tables: np.ndarray
+    seq_lens: np.ndarray
+    starts: np.ndarray
+    logits_indices: np.ndarray
 
 
 def build(
@@ -25,16 +42,88 @@ def build(
 ) -> StepInputs:
     """Token ids, positions, slots and block tables of the step, on `device`.
 
-    The arrays are filled on the host in numpy and cross to the device once each.
+    The arrays are filled on the host and cross to the device once each.
     """
-    sequences, counts, num_decodes = plan.sequences, plan.num_scheduled_tokens, plan.num_decodes
+    is_small = plan.num_decodes == len(plan.sequences) <= _FEW
+    arrays = _few_decodes(plan, block_size) if is_small else _ragged(plan, block_size)
+
+    def move(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+    metadata = PagedMetadata(
+        slot_mapping=move(arrays.slots),
+        block_tables=move(arrays.tables),
+        seq_lens=move(arrays.seq_lens),
+        query_start_loc=move(arrays.starts),
+        num_decodes=plan.num_decodes,
+        query_lens_list=plan.num_scheduled_tokens,
+        seq_lens_list=arrays.seq_lens.tolist(),
+    )
+    return StepInputs(
+        owner=owner,
+        input_ids=move(arrays.ids)[None],
+        position_ids=move(arrays.positions)[None],
+        logits_indices=move(arrays.logits_indices),
+        metadata=metadata,
+        backend=backend,
+        kv_layer=kv_layer,
+        adapters=_adapter_runs(plan),
+    )
+
+
+def _few_decodes(plan: StepPlan, block_size: int) -> _Arrays:
+    """Of a step in which each of a few sequences has one new token: no drafts, no chunks of prompts."""
+    sequences = plan.sequences
+    positions = [s.num_computed for s in sequences]
+    tables = [s.block_table for s in sequences]
+    longest = max(map(len, tables))
+    longs = [s.token_ids[p] for s, p in zip(sequences, positions, strict=True)] + positions
+    longs += [
+        t[p // block_size] * block_size + p % block_size for t, p in zip(tables, positions, strict=True)
+    ]
+    count = len(sequences)
+    packed = np.array(longs, np.int64).reshape(3, count)
+    return _Arrays(
+        ids=packed[0],
+        positions=packed[1],
+        slots=packed[2],
+        tables=np.array([t + [0] * (longest - len(t)) for t in tables], np.int32),
+        seq_lens=np.array([p + 1 for p in positions], np.int32),
+        starts=np.arange(count + 1, dtype=np.int32),
+        logits_indices=np.array(plan.sample_indices, np.int64),
+    )
+
+
+def _ragged(plan: StepPlan, block_size: int) -> _Arrays:
+    """Of any step."""
+    sequences, counts = plan.sequences, plan.num_scheduled_tokens
     computed = np.fromiter((s.num_computed for s in sequences), np.int64, len(sequences))
     query_lens = np.asarray(counts, np.int64)
     starts = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(query_lens, out=starts[1:])
-    seq_lens = computed + query_lens
     tables = _pad_tables([s.block_table for s in sequences])
+    if plan.num_decodes == len(sequences):
+        rows, positions = np.arange(len(sequences)), computed
+    else:
+        # Position of a token = its sequence's computed tokens + its place among the new ones.
+        rows = np.repeat(np.arange(len(sequences)), query_lens)
+        positions = computed[rows] + np.arange(starts[-1]) - starts[rows]
+    slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    return _Arrays(
+        ids=_token_ids(plan, starts),
+        positions=positions,
+        slots=slots,
+        tables=tables,
+        seq_lens=(computed + query_lens).astype(np.int32),
+        starts=starts,
+        logits_indices=_logits_indices(plan, starts),
+    )
 
+
+def _token_ids(plan: StepPlan, starts: np.ndarray) -> np.ndarray:
+    """[T] int64: the known tokens each sequence is to compute, then its drafts."""
+    sequences, counts, num_decodes = plan.sequences, plan.num_scheduled_tokens, plan.num_decodes
     ids = np.empty(starts[-1], np.int64)
     ids[:num_decodes] = [s.token_ids[s.num_computed] for s in sequences[:num_decodes]]
     for seq, count, at in zip(
@@ -44,46 +133,16 @@ def build(
         ids[at : at + len(known)] = known
         if len(known) < count:
             ids[at + len(known) : at + count] = seq.draft[: count - len(known)]
-    if num_decodes == len(sequences):
-        rows, positions = np.arange(num_decodes), computed
-    else:
-        # Position of a token = its sequence's computed tokens + its place among the new ones.
-        rows = np.repeat(np.arange(len(sequences)), query_lens)
-        positions = computed[rows] + np.arange(starts[-1]) - starts[rows]
-    slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    return ids
 
-    def move(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-    metadata = PagedMetadata(
-        slot_mapping=move(slots),
-        block_tables=move(tables),
-        seq_lens=move(seq_lens.astype(np.int32)),
-        query_start_loc=move(starts),
-        num_decodes=num_decodes,
-        query_lens_list=counts,
-        seq_lens_list=seq_lens.tolist(),
-    )
-    logits_indices = starts[1:][plan.sample_indices].astype(np.int64) - 1
-    if plan.num_drafts:
-        logits_indices = np.concatenate(
-            [
-                np.arange(last - count + 1, last + 1)
-                for last, count in zip(logits_indices, plan.logits_counts, strict=True)
-            ]
-            or [logits_indices]
-        )
-    return StepInputs(
-        owner=owner,
-        input_ids=move(ids)[None],
-        position_ids=move(positions)[None],
-        logits_indices=move(logits_indices),
-        metadata=metadata,
-        backend=backend,
-        kv_layer=kv_layer,
-        adapters=_adapter_runs(plan),
-    )
+def _logits_indices(plan: StepPlan, starts: np.ndarray) -> np.ndarray:
+    """[R] int64: the last token of each sequence in `sample_indices`, and those before it whose next is a draft."""
+    last = starts[1:][plan.sample_indices].astype(np.int64) - 1
+    if not plan.num_drafts:
+        return last
+    counts = zip(last, plan.logits_counts, strict=True)
+    return np.concatenate([np.arange(i - count + 1, i + 1) for i, count in counts] or [last])
 
 
 def _adapter_runs(plan: StepPlan) -> AdapterRuns | None:

@@ -26,10 +26,10 @@ _steps_of: dict[int, int] = {}  # id of a tensor -> optimizer steps it took part
 _hook_lock = threading.Lock()
 _hook_installed = False
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 _UNITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 #: Values read from each tensor; a change that leaves all of them as they were goes unnoticed unless `_version` tells.
-_SAMPLES = 4
+SAMPLES = 4
 
 
 def watch_optimizers() -> None:
@@ -132,29 +132,29 @@ class Samples:
             if entry is None or entry[0] != identity or not tensor.is_contiguous():
                 if device.type != "cpu":
                     continue
-                if not address or type(tensor) not in _PLAIN_TENSORS or not tensor.is_contiguous():
+                if not address or type(tensor) not in PLAIN_TENSORS or not tensor.is_contiguous():
                     facts.frombytes(_numbers(tensor))
                     continue
-                entry = (identity, _places(*identity))
+                entry = (identity, number_places(*identity))
             fresh[key] = entry
             facts.extend([place.value for place in entry[1]])
         self._places = fresh
         return facts
 
 
-def _places(address: int, numel: int, dtype: torch.dtype) -> list[Any]:
+def number_places(address: int, numel: int, dtype: torch.dtype) -> list[Any]:
     """Objects whose `value` is a number at that moment, as an int."""
     unit = _UNITS[min(dtype.itemsize, 8)]  # of a complex number the real part
-    stride = max(1, (numel - 1) // _SAMPLES)
-    return [unit.from_address(address + i * dtype.itemsize) for i in range(0, numel, stride)[: _SAMPLES + 1]]
+    stride = max(1, (numel - 1) // SAMPLES)
+    return [unit.from_address(address + i * dtype.itemsize) for i in range(0, numel, stride)[: SAMPLES + 1]]
 
 
 def _numbers(tensor: Tensor) -> bytes:
     """The same of a tensor that is no plain memory."""
     flat = tensor.detach()
     flat = flat.view(-1) if flat.is_contiguous() else flat.flatten()
-    stride = max(1, (flat.numel() - 1) // _SAMPLES)
-    return array("d", flat[::stride][: _SAMPLES + 1].tolist()).tobytes()
+    stride = max(1, (flat.numel() - 1) // SAMPLES)
+    return array("d", flat[::stride][: SAMPLES + 1].tolist()).tobytes()
 
 
 def _digest(tensors: list[Tensor], others: object, samples: Samples | None) -> bytes:
