@@ -74,6 +74,18 @@ class AdapterRuns:
 
 
 @dataclass
+class StepRecording:
+    """What a step hands out besides logits. The scheduler's plan decides what; the forward fills it in."""
+
+    wants_hidden_states: bool
+    #: Index of a sequence -> how many of its tokens in the step, the last ones, whose attention is wanted.
+    attention_of: dict[int, int]
+    hidden_states: tuple[Tensor, ...] = ()  # of each layer [1, T, E], the embedding first
+    #: Layer number -> index of a sequence -> probabilities [H, tokens, all tokens of the sequence].
+    attentions: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
 class StepInputs:
     """The packed tensors of one step: T tokens of S sequences, R rows of logits."""
 
@@ -86,6 +98,7 @@ class StepInputs:
     #: layer number -> (k_cache, v_cache), each [num_blocks, block_size, H_kv, D]
     kv_layer: Callable[[int], tuple[Tensor, Tensor]]
     adapters: AdapterRuns | None = None  # None: every token runs with whatever the model's layers have active
+    recording: StepRecording | None = None  # None: nothing but logits is wanted
 
 
 class _Active(threading.local):

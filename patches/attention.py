@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.kernels import ops
+from hf_paged.kernels.attention_weights import attention_weights
 from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.patches.instance import InstancePatch
 from hf_paged.step import StepInputs, current_step
@@ -51,6 +52,11 @@ def attend(
     output = ops.paged_attention(
         query, key, value, k_cache, v_cache, metadata, scale=scale, backend=step.backend
     )
+    if step.recording is not None and step.recording.attention_of:
+        step.recording.attentions[layer] = {
+            index: attention_weights(query, k_cache, metadata, index, last, scale=scale)
+            for index, last in step.recording.attention_of.items()
+        }
     return output.view(1, output.shape[0], -1)
 
 

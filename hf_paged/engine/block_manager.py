@@ -222,7 +222,7 @@ class BlockManager:
         Returns:
             False, with nothing changed, when another running sequence is just computing the next block: wait for it.
         """
-        namespace = seq.namespace
+        namespace = seq.prefix_namespace
         if not self.prefix_caching or namespace is None:
             return True
         num_full = (seq.num_tokens - 1) // self.block_size
@@ -247,7 +247,7 @@ class BlockManager:
 
     def commit(self, seq: Sequence) -> None:
         """Registers the keys of blocks that `seq.num_computed` has newly filled."""
-        namespace = seq.namespace
+        namespace = seq.prefix_namespace
         num_full = seq.num_computed // self.block_size
         if num_full <= len(seq.block_keys) or not self.prefix_caching or namespace is None:
             return

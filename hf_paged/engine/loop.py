@@ -9,13 +9,13 @@ import time
 import torch
 from torch import Tensor
 
-from hf_paged.engine import batch, beam_steps, lockstep
+from hf_paged.engine import batch, beam_steps, lockstep, states
 from hf_paged.engine.call_table import CallTable
 from hf_paged.engine.given_kv import write_given
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
 from hf_paged.engine.runtime import Runtime
 from hf_paged.errors import RequestCancelledError, WeightsChangedError
-from hf_paged.step import StepPlan
+from hf_paged.step import StepPlan, StepRecording
 
 
 class StepLoop(CallTable):
@@ -63,8 +63,9 @@ class StepLoop(CallTable):
             if seq.call.first_scheduled_at is None:
                 seq.call.first_scheduled_at = start
         self.step_started = start
+        recording = states.start(plan)
         try:
-            logits = self._forward(runtime, plan)
+            logits = self._forward(runtime, plan, recording)
         except Exception as error:
             self.failure, self.step_started = error, None
             if not self._fail_lost(plan):
@@ -74,6 +75,8 @@ class StepLoop(CallTable):
             return  # the others' tokens are planned again
         self.failure, self.step_started = None, None
         runtime.stepped()
+        if recording is not None:
+            states.keep(plan, recording)
         runtime.scheduler.advance(plan)
         self.counters.count_step(runtime.scheduler, len(plan.sequences))
         if plan.sample_indices:
@@ -108,7 +111,7 @@ class StepLoop(CallTable):
             runtime.manager.drop_cached()
         return bool(stale)
 
-    def _forward(self, runtime: Runtime, plan: StepPlan) -> Tensor:
+    def _forward(self, runtime: Runtime, plan: StepPlan, recording: StepRecording | None) -> Tensor:
         write_given(plan.sequences, runtime.cache)
         if plan.block_copies:
             runtime.cache.copy_blocks(plan.block_copies, runtime.backend)
@@ -120,6 +123,7 @@ class StepLoop(CallTable):
             device=runtime.device,
             kv_layer=runtime.cache.layer,
         )
+        inputs.recording = recording
         return runtime.runner.forward(self.model, inputs, plan.sequences[0].call.ambient)
 
     def _sample(self, runtime: Runtime, plan: StepPlan, logits: Tensor) -> None:

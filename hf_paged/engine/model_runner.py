@@ -23,6 +23,10 @@ class ModelRunner:
 
     def forward(self, model: nn.Module, inputs: StepInputs, ambient: Ambient) -> Tensor:
         """Logits [R, V] of the rows in `inputs.logits_indices`, in the model's dtype."""
+        recording = inputs.recording
+        wanted = (
+            {} if recording is None or not recording.wants_hidden_states else {"output_hidden_states": True}
+        )
         with ambient.enter(), active_step(inputs):
             output = model(
                 input_ids=inputs.input_ids,
@@ -31,5 +35,8 @@ class ModelRunner:
                 use_cache=False,
                 logits_to_keep=inputs.logits_indices,
                 return_dict=True,
+                **wanted,
             )
+        if recording is not None and wanted:
+            recording.hidden_states = output.hidden_states
         return output.logits[0]

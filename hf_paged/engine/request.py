@@ -83,6 +83,15 @@ class Sequence:
         return self.call.namespace if self.own_namespace is None else self.own_namespace
 
     @property
+    def prefix_namespace(self) -> bytes | None:
+        """`namespace` where cached prefixes may serve it and its own may serve others; else None.
+
+        Not where all its tokens have to be computed, or where its KV is more than what its token ids tell.
+        """
+        alone = self.call.states is not None or self.given_kv is not None
+        return None if alone else self.namespace
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
@@ -155,6 +164,7 @@ class Call:
     #: `engine.lockstep.Lockstep` of a call whose rows advance together, by tokens that its caller chooses.
     lockstep: Any = None
     attended: bool = False  # a lockstep call whose caller has the logits of all rows and is choosing
+    states: Any = None  # `engine.states.StateRecord`: hidden states and attentions to return; None: none are
     keep_kv: bool = False  # blocks stay with the finished sequences until `PagedEngine.release_kv`
     sequences: list[Sequence] = field(default_factory=list)
     call_id: int = field(default_factory=lambda: next(_call_ids))

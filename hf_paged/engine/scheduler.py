@@ -200,7 +200,7 @@ class Scheduler:
                 continue
             hit = seq.num_computed
             if seq.given_kv is not None:
-                # Its namespace is None: nothing was found. The loop writes them before the step.
+                # No prefix was looked for. The loop writes them before the step.
                 seq.given_kv.in_blocks = False
                 seq.num_computed = seq.given_kv.num_tokens
             if not _num_missing(seq):

@@ -16,6 +16,7 @@ from hf_paged.engine.request import Call, SequenceGroup
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.returned_cache import UnfilledCache
+from hf_paged.generation.states import state_fields
 from hf_paged.generation.view import GenerativeModel
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def assemble_beams(
     (group,) = _groups(call)
     cache = prepared.model_kwargs.get("past_key_values")
     fields: dict[str, Any] = {
+        **state_fields(prepared, call, group.num_steps),
         "sequences": sequences,
         "sequences_scores": scores if config.output_scores else None,
         "scores": _on(group.state.scores, sequences.device) if config.output_scores else None,

@@ -18,6 +18,7 @@ from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.lockstep import unserved_parts
 from hf_paged.generation.prepared import Prepared, argument
 from hf_paged.generation.returned_cache import UnfilledCache, fill
+from hf_paged.generation.states import state_reasons
 from hf_paged.generation.view import DECODING_METHODS, GenerativeModel
 from hf_paged.step import current_step
 
@@ -54,7 +55,6 @@ _LOOP_METHODS = (
     "_has_unfinished_sequences",
 )
 
-_OUTPUT_FLAGS = ("output_attentions", "output_hidden_states")
 #: Keyword arguments of a loop that are checked one by one, or without effect there: tokenizers only serve the
 #: preparation; `labels` come from evaluation loops, and upstream takes them out again before each forward.
 _LOOP_KWARGS = frozenset(
@@ -70,7 +70,8 @@ _LOOP_KWARGS = frozenset(
         "assistant_model",  # these three are looked at where drafts are
         "assistant_tokenizer",
         "inputs_tensor",
-        *_OUTPUT_FLAGS,
+        "output_attentions",  # generation_config has them too
+        "output_hidden_states",
     }
 )
 
@@ -156,6 +157,7 @@ def late_reasons(
         found += speculation.speculation_reasons(engine, prepared)
     inputs = list(_input_reasons(engine, model, prepared))
     found += inputs
+    found += state_reasons(engine, prepared)
     if (text := unserved_parts(prepared, attended)) is not None:
         found.append(reason("processors", text))
     if prepared.method == "_beam_search":
@@ -188,9 +190,6 @@ def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     chunk = config.prefill_chunk_size
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         yield reason("prefill_chunk_size", repr(chunk))
-    for name in _OUTPUT_FLAGS:
-        if getattr(config, name) or prepared.model_kwargs.get(name):
-            yield reason(name)
     for name in _installed_options() - KNOWN_OPTIONS:
         if getattr(config, name, None) is not None:
             yield reason("unknown_option", name)

@@ -41,7 +41,6 @@ REASONS: dict[str, str] = {
     "compile_config": "compile_config is given",
     "prefill_chunk_size": "prefill_chunk_size is not a positive int",
     "output_attentions": "output_attentions=True",
-    "output_hidden_states": "output_hidden_states=True",
     "unknown_option": "a generation option of this transformers version is not known to hf_paged",
     "past_key_values": "past_key_values is given",
     "inputs_embeds": "inputs_embeds is given",

@@ -14,6 +14,7 @@ from hf_paged.generation.given_cache import fill_on
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.requests import pad_token_id
 from hf_paged.generation.returned_cache import UnfilledCache
+from hf_paged.generation.states import state_fields
 
 if TYPE_CHECKING:
     from hf_paged.engine.engine import PagedEngine
@@ -75,6 +76,7 @@ def assemble(
             _on(spec.take_logits(), sequences.device) if config.output_logits else None,
         )
     fields: dict[str, Any] = {
+        **state_fields(prepared, call, num_steps(call)),
         "sequences": sequences,
         "scores": records.scores,
         "logits": records.logits,

@@ -95,6 +95,11 @@ class Prepared:
         return config.num_beams if self.method == "_beam_search" else config.num_return_sequences or 1
 
     @property
+    def prompt_width(self) -> int:
+        """Columns of the padded prompt."""
+        return self.input_ids.shape[1]
+
+    @property
     def attention_mask(self) -> Tensor | None:
         return self.model_kwargs.get("attention_mask")
 

@@ -19,6 +19,7 @@ from hf_paged.generation.given_cache import given_kv
 from hf_paged.generation.lockstep import is_lockstep, row_criteria
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.speculation import speculation_of
+from hf_paged.generation.states import state_record
 
 if TYPE_CHECKING:
     from hf_paged.engine.engine import PagedEngine
@@ -77,6 +78,7 @@ def build_call(
     )
     if namespaces is None and not _leaves_nothing(engine, prepared, outputs):
         namespaces = engine.namespaces(adapters)
+    states = state_record(engine, prepared) if outputs else None
     call = Call(
         sampling=spec,
         ambient=engine.ambient(),
@@ -85,7 +87,8 @@ def build_call(
         run_on=beams is None and (outputs or filled_on or lockstep or rows_go_on(prepared)),
         keep_kv=outputs or filled_on,
         lockstep=Lockstep(num_rows) if lockstep else None,
-        speculation=None if lockstep else speculation_of(prepared),
+        states=states,
+        speculation=None if lockstep or states is not None else speculation_of(prepared),
     )
     rows = zip(ids.tolist(), num_prompt_tokens(prepared).tolist(), strict=True)
     for row, (tokens, length) in enumerate(rows):
@@ -99,9 +102,7 @@ def build_call(
         )
         sequence.adapters = adapters[row]
         sequence.own_namespace = None if namespaces is None else namespaces[adapters[row]]
-        if given is not None:  # nobody else may take its blocks for those of the tokens alone
-            sequence.given_kv = given
-            sequence.own_namespace = call.namespace = None
+        sequence.given_kv = given
     if namespaces is not None:
         assign(call, namespaces)
     if beams is not None:

@@ -149,7 +149,8 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
         ],
         "num_return_sequences": [{"num_return_sequences": 3, **sampled}],
         "output_attentions": [
-            {"output_attentions": value, "return_dict_in_generate": True} for value in (False, True)
+            {"output_attentions": value, "return_dict_in_generate": True, **more}
+            for value, more in ((False, {}), (True, {}), (True, {"prompt_lookup_num_tokens": 2}))
         ],
         "output_hidden_states": [
             {"output_hidden_states": value, "return_dict_in_generate": True} for value in (False, True)
