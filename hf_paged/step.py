@@ -98,6 +98,8 @@ class StepInputs:
     #: layer number -> (k_cache, v_cache), each [num_blocks, block_size, H_kv, D]
     kv_layer: Callable[[int], tuple[Tensor, Tensor]]
     adapters: AdapterRuns | None = None  # None: every token runs with whatever the model's layers have active
+    #: (first place among the T tokens, rows [n, E]): embeddings that stand in for ids there.
+    embeds: list[tuple[int, Tensor]] = field(default_factory=list)
     recording: StepRecording | None = None  # None: nothing but logits is wanted
 
 

@@ -69,7 +69,19 @@ def build(
         backend=backend,
         kv_layer=kv_layer,
         adapters=_adapter_runs(plan),
+        embeds=_embeds(plan),
     )
+
+
+def _embeds(plan: StepPlan) -> list[tuple[int, Tensor]]:
+    """First place among the tokens of the step, and the rows [n, E] that stand in for the ids from there on."""
+    found: list[tuple[int, Tensor]] = []
+    place = 0
+    for seq, count in zip(plan.sequences, plan.num_scheduled_tokens, strict=True):
+        if seq.embeds is not None and seq.num_computed < seq.prompt_len:
+            found.append((place, seq.embeds[seq.num_computed : seq.num_computed + count]))
+        place += count
+    return found
 
 
 def _few_decodes(plan: StepPlan, block_size: int) -> _Arrays:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,13 @@ class ModelRunner:
             {} if recording is None or not recording.wants_hidden_states else {"output_hidden_states": True}
         )
         with ambient.enter(), active_step(inputs):
+            prompt = (
+                {"inputs_embeds": _embedded(model, inputs)}
+                if inputs.embeds
+                else {"input_ids": inputs.input_ids}
+            )
             output = model(
-                input_ids=inputs.input_ids,
+                **prompt,
                 position_ids=inputs.position_ids,
                 attention_mask=self._mask,
                 use_cache=False,
@@ -40,3 +47,11 @@ class ModelRunner:
         if recording is not None and wanted:
             recording.hidden_states = output.hidden_states
         return output.logits[0]
+
+
+def _embedded(model: Any, inputs: StepInputs) -> Tensor:
+    """What the model would make of the ids, [1, T, E], but for the places that come embedded."""
+    embedded: Tensor = model.get_input_embeddings()(inputs.input_ids)
+    for place, rows in inputs.embeds:
+        embedded[0, place : place + len(rows)] = rows
+    return embedded

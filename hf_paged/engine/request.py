@@ -74,6 +74,8 @@ class Sequence:
     draft: list[int] = field(default_factory=list)
     #: Keys and values of its first tokens, from outside: they are written into blocks instead of computed.
     given_kv: GivenKV | None = None
+    #: [prompt_len, E]: what the model is given in place of the prompt's ids, which mean nothing then.
+    embeds: Any = None
     drafting: Any = None  # what `engine.speculation` remembers of it
     #: In a lockstep call: the logits of its next token are made, and nothing is to compute until that is chosen.
     handed_over: bool = False
@@ -88,7 +90,7 @@ class Sequence:
 
         Not where all its tokens have to be computed, or where its KV is more than what its token ids tell.
         """
-        alone = self.call.states is not None or self.given_kv is not None
+        alone = self.call.states is not None or self.given_kv is not None or self.embeds is not None
         return None if alone else self.namespace
 
     @property

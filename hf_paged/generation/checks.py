@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from hf_paged.generation import given_cache, speculation
-from hf_paged.generation.beams import beam_reasons, most_tokens
+from hf_paged.generation.beams import beam_reasons
 from hf_paged.generation.fallback import FallbackReason, reason
+from hf_paged.generation.input_checks import input_reasons, length_reasons
 from hf_paged.generation.lockstep import unserved_parts
 from hf_paged.generation.prepared import Prepared, argument
 from hf_paged.generation.returned_cache import UnfilledCache, fill
@@ -155,14 +152,14 @@ def late_reasons(
         found.append(reason("past_key_values", text))
     if prepared.method == speculation.METHOD:
         found += speculation.speculation_reasons(engine, prepared)
-    inputs = list(_input_reasons(engine, model, prepared))
+    inputs = list(input_reasons(engine, model, prepared))
     found += inputs
     found += state_reasons(engine, prepared)
     if (text := unserved_parts(prepared, attended)) is not None:
         found.append(reason("processors", text))
     if prepared.method == "_beam_search":
         found += beam_reasons(model, engine, prepared)
-    if not inputs and prepared.input_ids.numel():
+    if not inputs:
         found += length_reasons(engine, prepared)
     return found
 
@@ -221,93 +218,9 @@ def _kwargs_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
         and type(cache) is not DynamicCache
     ):
         yield reason("past_key_values")
-    if kwargs.get("inputs_embeds") is not None:
-        yield reason("inputs_embeds")
     # An int only says how many positions get logits, of which the loop reads the last.
     if not isinstance(kwargs.get("logits_to_keep", 0), int):
         yield reason("model_kwargs", "logits_to_keep")
     for name in sorted(kwargs.keys() - _LOOP_KWARGS):
         if kwargs[name] is not None:
             yield reason("model_kwargs", name)
-
-
-def _input_reasons(
-    engine: PagedEngine, model: GenerativeModel, prepared: Prepared
-) -> Iterator[FallbackReason]:
-    ids = prepared.input_ids
-    if prepared.model_kwargs.get("inputs_embeds") is not None:
-        return
-    if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
-        yield reason("input_ids", f"{ids.dtype}, {tuple(ids.shape)}")
-        return
-    if ids.device != model.device:
-        yield reason("input_device", f"{ids.device}, not {model.device}")
-    numbers = ids.cpu().numpy()  # on small inputs many times as fast as torch
-    low, high = int(numbers.min()), int(numbers.max())
-    if low < 0 or high >= engine.vocab_size:
-        yield reason("token_range", f"{low if low < 0 else high}, vocabulary of {engine.vocab_size}")
-    pad = prepared.config._pad_token_tensor
-    # Upstream feeds pads to the model for rows that finish before others.
-    if pad is not None and len(ids) > 1 and not 0 <= int(pad) < engine.vocab_size:
-        yield reason("token_range", f"pad_token_id={int(pad)}")
-    mask = prepared.attention_mask
-    if mask is not None and not is_left_padding(mask, ids):
-        yield reason("attention_mask")
-    elif not _usual_positions(prepared.model_kwargs.get("position_ids"), mask, ids):
-        yield reason("position_ids")
-
-
-def is_left_padding(mask: Tensor, input_ids: Tensor) -> bool:
-    """Whether each row of `mask` is zeros, then at least one one, and nothing else."""
-    if mask.shape != input_ids.shape or mask.is_complex():
-        return False
-    ones = (mask == 1).cpu().numpy()
-    if ones.all():
-        return True
-    known = ones | (mask == 0).cpu().numpy()
-    return bool(known.all() and ones[:, -1].all() and (ones[:, 1:] | ~ones[:, :-1]).all())
-
-
-def _usual_positions(positions: Tensor | None, mask: Tensor | None, input_ids: Tensor) -> bool:
-    """Whether positions are those of a batch with this mask, which is one of left padding."""
-    if positions is None:
-        return True
-    given = positions.cpu().numpy()
-    expected = np.broadcast_to(np.arange(input_ids.shape[1]), (given.shape[0], input_ids.shape[1]))
-    if mask is not None:
-        expected = ((mask == 1).cpu().numpy().cumsum(-1) - 1).clip(0)
-    return given.shape == expected.shape and bool((given == expected).all())
-
-
-def length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[FallbackReason]:
-    """Reasons that lie in the number of tokens alone."""
-    limit = prepared.max_length
-    if limit is None or not math.isfinite(limit):
-        yield reason("no_length_limit")
-        return
-    lengths = num_prompt_tokens(prepared).tolist()
-    longest = max(lengths)
-    # The last token made is never fed back: it needs no position.
-    positions = longest + prepared.max_new_tokens - 1
-    for code, most in (("position_limit", engine.position_limit), ("rope_limit", engine.rope_limit)):
-        if most is not None and positions > most:
-            yield reason(code, f"{positions} positions, limit {most}")
-    capacity, size = engine.capacity_tokens(), engine.config.block_size
-    needed = longest + prepared.max_new_tokens
-    if prepared.method == "_beam_search":
-        needed = max(needed, most_tokens(prepared, lengths, size))
-    elif prepared.config.return_dict_in_generate or prepared.given_cache is not None:
-        # Keys and values of all rows stay to the end.
-        together = len(prepared.input_ids) * -(-needed // size) * size
-        if needed <= capacity < together:
-            yield reason("kv_budget", f"{together} tokens of all rows, room for {capacity}")
-    if capacity < needed:
-        yield reason("kv_budget", f"{needed} tokens, room for {capacity}")
-
-
-def num_prompt_tokens(prepared: Prepared) -> Tensor:
-    """Prompt tokens of each row, pads not counted, [rows] int64."""
-    mask, ids = prepared.attention_mask, prepared.input_ids
-    if mask is None:
-        return torch.full((len(ids),), ids.shape[1], device=ids.device)
-    return (mask == 1).sum(-1)

@@ -43,7 +43,7 @@ REASONS: dict[str, str] = {
     "output_attentions": "output_attentions=True",
     "unknown_option": "a generation option of this transformers version is not known to hf_paged",
     "past_key_values": "past_key_values is given",
-    "inputs_embeds": "inputs_embeds is given",
+    "inputs_embeds": "inputs_embeds cannot be taken as it is",
     "position_ids": "position_ids other than the usual ones are given",
     "model_kwargs": "keyword arguments for the model's forward are given",
     "input_ids": "input_ids is no int64 tensor of shape [rows, length] with at least one token",

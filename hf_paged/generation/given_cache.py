@@ -33,16 +33,18 @@ def problem_with(engine: PagedEngine, prepared: Prepared) -> str | None:
         return "its layers are not plain dynamic ones"
     if prepared.method != "_sample":
         return f"in {prepared.method}"
-    if prepared.model_kwargs.get("inputs_embeds") is not None:
-        return "with inputs_embeds"
     length = cache.get_seq_length()
     if not length:
         return None
-    rows, width = prepared.input_ids.shape
-    if prepared.attention_mask is None and getattr(prepared.config, "_mask_length", width) != width:
+    rows, width = len(prepared.input_ids), prepared.prompt_width
+    if (
+        prepared.inputs_embeds is None
+        and prepared.attention_mask is None
+        and getattr(prepared.config, "_mask_length", width) != width
+    ):
         return "only the new tokens are given as input_ids"
     if length >= width:
-        return f"it holds {length} tokens, input_ids has {width}"
+        return f"it holds {length} tokens, the prompt has {width}"
     geometry = engine.layer_geometry()
     wanted = [((rows, g.num_kv_heads, length, g.head_dim), g.dtype, g.device) for g in geometry]
     for name in ("keys", "values"):

@@ -96,8 +96,14 @@ class Prepared:
 
     @property
     def prompt_width(self) -> int:
-        """Columns of the padded prompt."""
-        return self.input_ids.shape[1]
+        """Columns of the padded prompt, as the model sees it: `input_ids` may have fewer beside embeddings."""
+        embeds = self.inputs_embeds
+        return self.input_ids.shape[1] if embeds is None else embeds.shape[1]
+
+    @property
+    def inputs_embeds(self) -> Tensor | None:
+        """[rows, padded length, E]: the prompt in place of its ids."""
+        return self.model_kwargs.get("inputs_embeds")
 
     @property
     def attention_mask(self) -> Tensor | None:

@@ -14,8 +14,8 @@ from hf_paged.engine.namespaces import Namespaces, assign
 from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import LogitsEdit, SamplingSpec
 from hf_paged.generation.beams import advances_whole, beam_options, group_rows
-from hf_paged.generation.checks import num_prompt_tokens
 from hf_paged.generation.given_cache import given_kv
+from hf_paged.generation.input_checks import num_prompt_tokens
 from hf_paged.generation.lockstep import is_lockstep, row_criteria
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.speculation import speculation_of
@@ -90,19 +90,24 @@ def build_call(
         states=states,
         speculation=None if lockstep or states is not None else speculation_of(prepared),
     )
-    rows = zip(ids.tolist(), num_prompt_tokens(prepared).tolist(), strict=True)
+    embeds = prepared.inputs_embeds
+    # Ids that stand for embeddings are looked at by nobody.
+    all_tokens = ids.tolist() if embeds is None else [[0] * prepared.prompt_width] * num_rows
+    rows = zip(all_tokens, num_prompt_tokens(prepared).tolist(), strict=True)
     for row, (tokens, length) in enumerate(rows):
         first = row - row % copies
-        given = given_kv(prepared, row, len(tokens) - length)
+        num_pad = len(tokens) - length
+        given = given_kv(prepared, row, num_pad)
         sequence = call.add_row(
-            tokens[len(tokens) - length :],
+            tokens[num_pad:],
             prepared.max_new_tokens,
-            num_pad=len(tokens) - length,
+            num_pad=num_pad,
             fork_of=first if first != row and beams is None and given is None else None,
         )
         sequence.adapters = adapters[row]
         sequence.own_namespace = None if namespaces is None else namespaces[adapters[row]]
         sequence.given_kv = given
+        sequence.embeds = None if embeds is None else embeds[row, num_pad:].detach()
     if namespaces is not None:
         assign(call, namespaces)
     if beams is not None:
@@ -115,7 +120,7 @@ def _leaves_nothing(engine: PagedEngine, prepared: Prepared, outputs: bool) -> b
 
     It ends with its first step and leaves no KV, so nobody asks which weights it was computed with.
     """
-    short = prepared.input_ids.shape[1] <= 2 * engine.config.block_size
+    short = prepared.prompt_width <= 2 * engine.config.block_size
     return short and prepared.max_new_tokens == 1 and not outputs
 
 

@@ -15,8 +15,9 @@ from transformers.generation import logits_process as upstream
 from transformers.generation import stopping_criteria
 
 from hf_paged.errors import InvalidRequestError
-from hf_paged.generation.checks import early_reasons, late_reasons, length_reasons
+from hf_paged.generation.checks import early_reasons, late_reasons
 from hf_paged.generation.fallback import FallbackReason, reason
+from hf_paged.generation.input_checks import length_reasons
 from hf_paged.generation.prepared import Prepared, prepare
 from hf_paged.generation.returned_cache import fill_pending
 from hf_paged.generation.view import GenerativeModel, HubDecodingMode
@@ -30,6 +31,7 @@ _INVALID = frozenset({"input_ids", "token_range", "position_limit", "kv_budget",
 _NOT_FOR_REQUESTS = {
     "inputs": "the prompt is given as token ids",
     "input_ids": "the prompt is given as token ids",
+    "inputs_embeds": "the prompt is given as token ids",
     "attention_mask": "prompts are not padded",
     "past_key_values": "a cache belongs to one call of generate()",
     "return_dict_in_generate": "the result is a GenerationResult",

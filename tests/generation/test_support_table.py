@@ -197,7 +197,10 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
         "attention_mask": [{"attention_mask": value} for value in (None, MASK, LEFT, HOLE, LEFT.flip(-1))],
         "position_ids": [{"position_ids": positions}, {"position_ids": positions + 1}],
         "token_type_ids": [{"token_type_ids": torch.zeros_like(IDS)}],
-        "inputs_embeds": [{"inputs_embeds": model.get_input_embeddings()(IDS).detach(), "input_ids": None}],
+        "inputs_embeds": [
+            {"inputs_embeds": model.get_input_embeddings()(IDS).detach(), "input_ids": None, **more}
+            for more in ({}, {"prefill_chunk_size": 2})
+        ],
         "past_key_values": [
             {"past_key_values": DynamicCache()},
             {"past_key_values": StaticCache(config=model.config, max_cache_len=64)},
