@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hf_paged.config import PagedConfig
 from hf_paged.engine import registry
 from hf_paged.engine.engine import PagedEngine
+from hf_paged.engine.runtime import check_deterministic
 from hf_paged.engine.stats import EngineStats
 from hf_paged.errors import ConfigError, EngineStateError, UnsupportedModelError
 from hf_paged.resolve import is_text_generation_pipeline, lost_by_resolving, resolve_model
@@ -45,7 +46,8 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
 
     Raises:
         UnsupportedModelError: no model of a supported family inside.
-        ConfigError: an option is not allowed, or the model is enabled with other options already.
+        ConfigError: an option is not allowed, or the model is enabled with other options already, or it cannot be
+            `deterministic`.
     """
     from hf_paged.integrations.assistants import Assistants
     from hf_paged.integrations.continuous_batching import attach as attach_manager
@@ -63,7 +65,9 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
             _follow(present, model_or_pipeline)
             return model_or_pipeline
         spec = patches.find(model)
-        patch = apply(model, spec)
+        if config.deterministic:
+            check_deterministic(model.device, config.backend)
+        patch = apply(model, spec, deterministic=config.deterministic)
         front = InstancePatch(model)
         try:
             engine = PagedEngine(

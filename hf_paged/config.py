@@ -29,7 +29,9 @@ class PagedConfig:
     fallback: Literal["warn", "silent", "error"] = (
         "warn"  # what happens when a call cannot be served natively
     )
-    deterministic: bool = False  # results independent of what else is in the batch, bit for bit
+    #: A request's tokens and log-probabilities are the same bits alone, in any batch, preempted, chunked or with a
+    #: prefix hit. CPU only so far. A call that would fall back raises instead, whatever `fallback` says.
+    deterministic: bool = False
     cache_salt: str = ""  # prefixes are only shared between requests of one salt
 
     def __post_init__(self) -> None:
@@ -45,7 +47,6 @@ class PagedConfig:
         _check_choice("fallback", self.fallback, ("warn", "silent", "error"))
         for name in ("prefix_caching", "deterministic"):
             _check_choice(name, getattr(self, name), (True, False))
-        _check_choice("deterministic", self.deterministic, (False,))
         if not isinstance(self.cache_salt, str):
             raise ConfigError(f"cache_salt={self.cache_salt!r}: must be a string")
 
@@ -71,6 +72,16 @@ class PagedConfig:
         if backend and config.backend == "auto":
             config = replace(config, backend=backend)  # type: ignore[arg-type]
         return config
+
+    @property
+    def forbids_fallback(self) -> bool:
+        """Whether a call that cannot be served natively raises: upstream's results depend on the batch."""
+        return self.fallback == "error" or self.deterministic
+
+    @property
+    def fallback_rule(self) -> str:
+        """Which option it is that forbids them."""
+        return "deterministic=True" if self.deterministic else "fallback='error'"
 
     def budget_bytes(self) -> int | None:
         """`kv_cache_memory` in bytes, or None for the default budget of the device."""

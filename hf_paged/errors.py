@@ -20,7 +20,7 @@ class InvalidRequestError(HfPagedError, ValueError):
 
 
 class FallbackError(HfPagedError, RuntimeError):
-    """With `fallback="error"`: a call could not be served natively. `reasons` says why."""
+    """With `fallback="error"` or `deterministic=True`: a call could not be served natively. `reasons` says why."""
 
     def __init__(self, message: str, reasons: tuple = ()) -> None:
         super().__init__(message)

@@ -5,6 +5,7 @@
     longer queries, softcap or sinks      the reference
     no numba, float16 without f16c        as longer queries
     kernels still loading                 as longer queries
+    deterministic, queries of any length  numba rows, none of them cut between threads
     float64                               the reference (`ops` refuses it for this backend)
 
 Decode rows store their new keys and values in the launch that attends to them; all other tokens are stored before.
@@ -75,6 +76,8 @@ def paged_attention(
     name = "cpu" if has_kernels else "cpu.sdpa"
     step = metadata.plan.get(name)
     if step is None:
+        if metadata.deterministic and not has_kernels:
+            raise ValueError(f"deterministic attention needs the numba kernels for {k_cache.dtype}")
         step = metadata.plan[name] = _Step.of(metadata, has_kernels=has_kernels)
     if step.groups and (softcap is not None or sinks is not None):
         return reference.paged_attention(
@@ -107,6 +110,7 @@ class _Step:
     stored_from: int  # tokens from here on are stored before attention, those before by their rows
     groups: list[LongQueries]
     has_stray_tokens: bool  # tokens after those of the last sequence
+    whole_rows: bool  # no row may be cut between threads
     block_tables: np.ndarray  # [S, M] int32
     slot_mapping: np.ndarray  # [T] int64
     rows_address: int
@@ -124,7 +128,11 @@ class _Step:
     def of(cls, metadata: PagedMetadata, *, has_kernels: bool) -> _Step:
         query_lens, seq_lens = metadata.query_lens_list, metadata.seq_lens_list
         is_long = [
-            not has_kernels or query_len > (_MAX_ROW_PROMPT if query_len == seq_len else _MAX_ROW_QUERY)
+            not has_kernels
+            or (
+                not metadata.deterministic
+                and query_len > (_MAX_ROW_PROMPT if query_len == seq_len else _MAX_ROW_QUERY)
+            )
             for query_len, seq_len in zip(query_lens, seq_lens, strict=True)
         ]
         decodes = 0 if not has_kernels else metadata.num_decodes
@@ -151,6 +159,7 @@ class _Step:
             stored_from=decodes if only_decodes else 0,
             groups=group_long_queries(query_lens, seq_lens, is_long),
             has_stray_tokens=token < metadata.slot_mapping.shape[0],
+            whole_rows=metadata.deterministic,
             block_tables=block_tables,
             slot_mapping=slot_mapping,
             rows_address=table.ctypes.data,
@@ -176,9 +185,7 @@ class _Step:
         return self.scratches[bins, size][1]
 
     def cut_rows(self, bins: int, state_size: int) -> tuple[int, int]:
-        """Addresses of the states and the owners of rows that bins cut; 0 where there is one bin."""
-        if bins == 1:
-            return 0, 0
+        """Addresses of the states and the owners of rows that bins cut."""
         if (bins, state_size) not in self.cut:
             states, owners = np.empty((2 * bins, state_size), np.float32), np.full(2 * bins, -1, np.int64)
             self.cut[bins, state_size] = states, owners, states.ctypes.data, owners.ctypes.data
@@ -212,7 +219,8 @@ def _attend_rows(
     _, block_size, kv_heads, head_size = k_cache.shape
     heads, window = query.shape[1], sliding_window or 0
     bins = num_bins(2 * step.num_keys * kv_heads * head_size * k_cache.element_size())
-    states, owners = step.cut_rows(bins, heads * (head_size + 2))
+    cuts = bins > 1 and not step.whole_rows
+    states, owners = step.cut_rows(bins, heads * (head_size + 2)) if cuts else (0, 0)
     starts = step.row_starts(window, kernels.TILE)
     if sinks is not None:
         sinks = sinks.float().contiguous()
@@ -224,8 +232,9 @@ def _attend_rows(
         float_bits(scale), float_bits(softcap or 0.0), bins,
         step.scratch(bins, kernels.scratch_size(heads, head_size)),
     )  # fmt: skip
-    launch(kernels.attend_bin(wide_query.dtype, dtype), bins, arguments)
-    if bins > 1:
+    attend = kernels.attend_whole_rows if step.whole_rows else kernels.attend_bin
+    launch(attend(wide_query.dtype, dtype), bins, arguments)
+    if cuts:
         launch(kernels.finish_cut_rows(wide_query.dtype), 1, arguments)
     if wide_output is not output:
         rows = torch.from_numpy(step.rows[:, 0].astype(np.int64))

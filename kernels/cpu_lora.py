@@ -20,6 +20,7 @@ from hf_paged.kernels.cpu_runtime import (
     load_in_background,
     loaded_kernels,
     num_bins,
+    wait_for_loading,
 )
 from hf_paged.kernels.lora_matmul import LoraGroup, add_products
 
@@ -27,6 +28,25 @@ from hf_paged.kernels.lora_matmul import LoraGroup, add_products
 def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> None:
     if not _add_by_kernel(output, x, groups):
         add_products(output, x, groups)
+
+
+def lora_add_by_rows(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> None:
+    """As `lora_add_`, by the kernels only: they compute a row alike whatever is beside it.
+
+    A launch takes one dtype, so groups of each go by themselves, and which others there are decides nothing.
+
+    Raises:
+        ValueError: the kernels cannot take a group.
+    """
+    for dtype in dict.fromkeys(group.a.dtype for group in groups):
+        if _kernels(x.dtype, dtype) is None:
+            wait_for_loading()
+        own = [group for group in groups if group.a.dtype is dtype]
+        if not _add_by_kernel(output, x, own):
+            raise ValueError(
+                f"the low-rank kernels cannot take matrices of {dtype} for rows of {x.dtype}: "
+                "another dtype, or matrices that are not contiguous"
+            )
 
 
 def _add_by_kernel(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> bool:

@@ -8,6 +8,9 @@ ones:
     bins      |......... bin 0 .........|.......... bin 1 ..........|
 
 A row inside one bin is finished there. A row cut by bins leaves its state in each, and these are merged at the end.
+
+Where bins cut depends on the other rows. `attend_whole_rows` cuts none, so that a row's sums have an order which its
+own positions decide: what deterministic mode needs.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from hf_paged.kernels.cpu_row_attention import (
 )
 from hf_paged.kernels.cpu_store_kv import store_token
 
-__all__ = ["TILE", "attend_bin", "finish_cut_rows", "scratch_size"]
+__all__ = ["TILE", "attend_bin", "attend_whole_rows", "finish_cut_rows", "scratch_size"]
 
 #: Rows are cut between bins at multiples of this many tokens.
 TILE = 16
@@ -185,6 +188,42 @@ def attend_bin(io_tag, tag):
                 output = layer.output + token * heads * shape.head_size * item_bytes(io_tag)
                 finish(state, output, shape, sinks, io_tag)
             row += 1
+
+    return kernel
+
+
+@kernel_by_dtype
+def attend_whole_rows(io_tag, tag):
+    """Attends the rows that begin in one bin, each to its end. Arguments as `attend_bin`."""
+
+    @entry(fastmath=FASTMATH)
+    def kernel(index, bins, arguments):
+        layer, shape, rows = _layer(arguments), _shape(arguments), _rows(arguments)
+        sinks = argument(arguments, 25)
+        scale, softcap = float_argument(arguments, 26), float_argument(arguments, 27)
+        heads = shape.kv_heads * shape.group
+        state_size = heads * (shape.head_size + 2)
+        scratch = argument(arguments, 29) + 4 * index * (heads * (shape.head_size + CHUNK) + state_size)
+        state = scratch + 4 * heads * (shape.head_size + CHUNK)
+        tiles = load_i64(rows.starts, rows.num_rows)
+        low, high = tiles * index // bins, tiles * (index + 1) // bins
+        for row in range(rows.num_rows):
+            start = load_i64(rows.starts, row)
+            if start < low or start >= high:
+                continue
+            token, sequence = load_i32(rows.rows, 3 * row), load_i32(rows.rows, 3 * row + 1)
+            end = load_i32(rows.rows, 3 * row + 2)
+            begin = max(0, end - rows.window) if rows.window > 0 else 0
+            if layer.key != 0:
+                slot = load_i64(rows.slot_mapping, token)
+                if slot >= 0:
+                    _store_new(layer, token, slot, shape, tag)
+            block_table = rows.block_tables + 4 * sequence * rows.table_width
+            _attend_span(
+                layer, token, block_table, begin, end, shape, scale, softcap, scratch, state, io_tag, tag
+            )
+            output = layer.output + token * heads * shape.head_size * item_bytes(io_tag)
+            finish(state, output, shape, sinks, io_tag)
 
     return kernel
 

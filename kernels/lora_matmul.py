@@ -37,7 +37,9 @@ class LoraGroup(NamedTuple):
     scaling: float
 
 
-def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup], *, backend: str) -> Tensor:
+def lora_add_(
+    output: Tensor, x: Tensor, groups: Sequence[LoraGroup], *, backend: str, deterministic: bool = False
+) -> Tensor:
     """Adds `(x[i] @ a.T @ b.T + bias) * scaling` to `output[i]` for the rows of each group, in place.
 
     Groups may overlap: several adapters add up. Products are in the dtype of `a` and `b`, the sum is rounded once to
@@ -47,12 +49,13 @@ def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup], *, backend
         output: [N, E_out], contiguous rows.
         x: [N, E_in].
         backend: "reference", "cpu" or "triton".
+        deterministic: what a row gets must not depend, in a single bit, on other rows and groups: "cpu" only.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: a shape does not fit, or the backend is unknown.
+        ValueError: a shape does not fit, the backend is unknown, or its kernels cannot be deterministic here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"lora_add_: backend={backend!r}; must be one of {', '.join(BACKENDS)}")
@@ -64,7 +67,12 @@ def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup], *, backend
         return output
     for group in groups:
         _check(group, output, x)
-    _module(BACKENDS[backend]).lora_add_(output, x, groups)
+    if deterministic:
+        if backend != "cpu":
+            raise ValueError(f"lora_add_: backend={backend!r} is not deterministic")
+        _module(BACKENDS[backend]).lora_add_by_rows(output, x, groups)
+    else:
+        _module(BACKENDS[backend]).lora_add_(output, x, groups)
     return output
 
 

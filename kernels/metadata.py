@@ -37,6 +37,8 @@ class PagedMetadata:
         int
     ]  # [S] host copy, for backends that loop on the host; never baked into a CUDA graph
     seq_lens_list: list[int]  # [S] host copy
+    #: A token's output must not depend, in a single bit, on what else is in the step or how long its query is.
+    deterministic: bool = False
     #: Scratch a backend computes once a step and reuses in every layer, keyed by the backend's own names.
     plan: dict[str, Any] = field(default_factory=dict)
 

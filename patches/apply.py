@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_paged.errors import UnsupportedModelError
+from hf_paged.errors import ConfigError, UnsupportedModelError
 from hf_paged.patches import safety
 from hf_paged.patches.attention import bind, bind_step_forward, is_bound
+from hf_paged.patches.deterministic import find_deterministic, problem
 from hf_paged.patches.fused import find_fused
 from hf_paged.patches.instance import InstancePatch
 from hf_paged.patches.registry import PatchSpec
@@ -46,8 +47,17 @@ class _Owner:
 class AppliedPatch:
     """A patch in place on one model, which it holds weakly."""
 
-    def __init__(self, model: nn.Module, spec: PatchSpec, layers: list[nn.Module], owner: object) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: PatchSpec,
+        layers: list[nn.Module],
+        owner: object,
+        *,
+        deterministic: bool = False,
+    ) -> None:
         self.spec = spec
+        self.deterministic = deterministic
         self.owner = owner
         self._model = weakref.ref(model)
         self._layers = [weakref.ref(layer) for layer in layers]
@@ -115,6 +125,8 @@ class AppliedPatch:
         dtypes = {layer.dtype for layer in self.layer_geometry()} - set(_KV_DTYPES)
         if dtypes:
             reasons.append(("unsupported_dtype", f"keys and values of dtype {', '.join(map(str, dtypes))}"))
+        if self.deterministic and (text := problem(self.model, self.spec, self._forwards)) is not None:
+            reasons.append(("not_deterministic", text))
         return reasons
 
     def revert(self) -> None:
@@ -126,22 +138,26 @@ class AppliedPatch:
         self._forwards.clear()
 
 
-def apply(model: nn.Module, spec: PatchSpec) -> AppliedPatch:
+def apply(model: nn.Module, spec: PatchSpec, *, deterministic: bool = False) -> AppliedPatch:
     """Binds paged attention to every attention layer of `model`, or to none.
 
     Args:
         model: of the family of `spec`. It is not moved, converted or switched to another mode.
         spec: from `registry.find(model)`.
+        deterministic: bind forms of the other modules whose result for a token depends on that token alone.
 
     Raises:
+        ConfigError: `deterministic`, and a part of the model cannot be that.
         UnsupportedModelError: the model has no attention layers, or one is patched already (this model is
             enabled, or another enabled model shares the layer).
     """
     layers = spec.find_attention_layers(model)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no attention layers")
+    if deterministic and (text := problem(model, spec, None)) is not None:
+        raise ConfigError(f"deterministic=True: {text}")
     owner = _Owner()
-    applied = AppliedPatch(model, spec, layers, owner)
+    applied = AppliedPatch(model, spec, layers, owner, deterministic=deterministic)
     try:
         for number, layer in enumerate(layers):
             if is_bound(layer):
@@ -151,7 +167,7 @@ def apply(model: nn.Module, spec: PatchSpec) -> AppliedPatch:
                 )
             patch = applied._new_patch(layer)
             applied._forwards[id(layer)] = bind(patch, layer, number, owner, spec.paged_forward)
-        for module, in_step in find_fused(model):
+        for module, in_step in find_deterministic(model) if deterministic else find_fused(model):
             applied._forwards[id(module)] = bind_step_forward(
                 applied._new_patch(module), module, owner, in_step
             )

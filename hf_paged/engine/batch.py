@@ -39,6 +39,7 @@ def build(
     backend: str,
     device: torch.device,
     kv_layer: Callable[[int], tuple[Tensor, Tensor]],
+    deterministic: bool = False,
 ) -> StepInputs:
     """Token ids, positions, slots and block tables of the step, on `device`.
 
@@ -59,6 +60,7 @@ def build(
         num_decodes=plan.num_decodes,
         query_lens_list=plan.num_scheduled_tokens,
         seq_lens_list=arrays.seq_lens.tolist(),
+        deterministic=deterministic,
     )
     return StepInputs(
         owner=owner,

@@ -49,19 +49,22 @@ class Choice:
     ended: bool
 
 
-def choose(logits: Tensor, rows: dict[Row, int]) -> dict[SequenceGroup, Choice | BaseException]:
+def choose(
+    logits: Tensor, rows: dict[Row, int], *, apart: bool = False
+) -> dict[SequenceGroup, Choice | BaseException]:
     """The choice of each group, or the exception its call fails with.
 
     Args:
         logits: [R, vocab] any float dtype. Not written to.
         rows: sequence -> row of `logits`, for all active ones of their groups.
+        apart: compute each group by itself, so that no other has a part in its rounding.
     """
     stacks: dict[Hashable, list[SequenceGroup]] = {}
     for group in dict.fromkeys(s.group for s in rows if s.group is not None):
         stacks.setdefault(_stack_key(group), []).append(group)
     choices: dict[SequenceGroup, Choice | BaseException] = {}
     for groups in stacks.values():
-        for part in _parts(groups, logits.shape[1]):
+        for part in [[g] for g in groups] if apart else _parts(groups, logits.shape[1]):
             own = torch.tensor([rows[s] for g in part for s in g.active], device=logits.device)
             choices |= _choose(logits[own], part)
     return choices

@@ -26,15 +26,15 @@ def set_apart(
 
 
 def advance(
-    scheduler: Scheduler, logits: Tensor, beams: dict[Sequence, int]
+    scheduler: Scheduler, logits: Tensor, beams: dict[Sequence, int], *, apart: bool
 ) -> tuple[list[SequenceGroup], dict[Call, BaseException]]:
-    """Lets the beams at these rows of `logits` go on.
+    """Lets the beams at these rows of `logits` go on; `apart`: those of each group by themselves.
 
     Returns:
         The groups that ended with it, and the calls that failed.
     """
     with next(iter(beams)).call.ambient.enter():
-        choices = beam_search.choose(logits, beams)
+        choices = beam_search.choose(logits, beams, apart=apart)
     failed: dict[Call, BaseException] = {}
     for group, choice in choices.items():
         if isinstance(choice, BaseException):

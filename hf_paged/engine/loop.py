@@ -122,6 +122,7 @@ class StepLoop(CallTable):
             backend=runtime.backend,
             device=runtime.device,
             kv_layer=runtime.cache.layer,
+            deterministic=self.config.deterministic,
         )
         inputs.recording = recording
         return runtime.runner.forward(self.model, inputs, plan.sequences[0].call.ambient)
@@ -195,7 +196,7 @@ class StepLoop(CallTable):
         self._finish(runtime, [s for s in accepted if s.call not in failed])
 
     def _advance_beams(self, runtime: Runtime, logits: Tensor, beams: dict[Sequence, int]) -> None:
-        ended, failed = beam_steps.advance(runtime.scheduler, logits, beams)
+        ended, failed = beam_steps.advance(runtime.scheduler, logits, beams, apart=self.config.deterministic)
         for call, error in failed.items():
             self.fail([call], error)
         for group in ended:

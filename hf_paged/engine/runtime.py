@@ -29,13 +29,15 @@ class Runtime:
     """Built for a `geometry` (one entry a KV layer) and thrown away when that changes.
 
     Raises:
-        ConfigError: `kv_cache_memory` does not hold a single block.
+        ConfigError: `kv_cache_memory` does not hold a single block, or `deterministic` is not to be had here.
     """
 
     def __init__(self, geometry: tuple, config: PagedConfig) -> None:
         self.geometry = geometry
         self.device: torch.device = geometry[0].device
         self.backend = resolve_backend(self.device, config.backend)
+        if config.deterministic:
+            check_deterministic(self.device, config.backend)
         specs = [LayerSpec(g.num_kv_heads, g.head_dim, g.dtype, g.device) for g in geometry]
         budget = config.budget_bytes() or default_kv_budget(self.device)
         self.cache = KVCache(specs, config.block_size, budget)
@@ -57,9 +59,11 @@ class Runtime:
             max_num_batched_tokens=config.max_num_batched_tokens
             or _DEFAULT_BATCHED_TOKENS.get(self.device.type, 2048),
         )
-        self.sampler = Sampler(_argmax_for(self.device, self.backend))
+        self.sampler = Sampler(_argmax_for(self.device, self.backend), apart=config.deterministic)
         self.runner = ModelRunner(self.device)
         self._cpu_kernels = _CpuKernels({g.dtype for g in geometry}) if self.backend == "cpu" else None
+        if config.deterministic and self._cpu_kernels is not None:
+            self._cpu_kernels.load_now()  # torch's paths until then would give other bits
 
     def stepped(self) -> None:
         """After each step: a call that has run for a while is worth loading faster kernels beside it."""
@@ -121,10 +125,27 @@ class _CpuKernels:
         for dtype in self._dtypes:
             self._backend.load_kernels(dtype)
 
+    def load_now(self) -> None:
+        self.load()
+        self._runtime.wait_for_loading()
+
     def close(self) -> None:
         for dtype in self._dtypes:
             self._runtime.cancel_deferral(dtype)
         self._runtime.wait_for_loading()
+
+
+def check_deterministic(device: torch.device, backend: str) -> None:
+    """Raises ConfigError where `deterministic=True` cannot be kept: it needs the kernels of the CPU backend."""
+    if device.type != "cpu":
+        raise ConfigError(f"deterministic=True: weights on {device}; only the CPU is supported so far")
+    resolved = resolve_backend(device, backend)
+    if resolved != "cpu":
+        raise ConfigError(f"deterministic=True: needs backend='cpu', which has numba, not {resolved!r}")
+    from hf_paged.kernels.cpu_row_linear import missing
+
+    if (text := missing()) is not None:
+        raise ConfigError(f"deterministic=True: {text}")
 
 
 def _argmax_for(device: torch.device, backend: str) -> Callable[[Tensor], Tensor]:

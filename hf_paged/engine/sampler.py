@@ -29,12 +29,17 @@ class Sampler:
 
     Args:
         argmax_rows: [rows, vocab] of any float dtype -> [rows] int64; the first of equals, as `torch.argmax`.
+        apart: compute each row by itself, so that no other has a part in its rounding.
     """
 
     def __init__(
-        self, argmax_rows: Callable[[Tensor], Tensor] = lambda rows: torch.argmax(rows, dim=-1)
+        self,
+        argmax_rows: Callable[[Tensor], Tensor] = lambda rows: torch.argmax(rows, dim=-1),
+        *,
+        apart: bool = False,
     ) -> None:
         self._argmax_rows = argmax_rows
+        self._apart = apart
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[int | BaseException]:
         """The next token of each sequence, or the exception its call fails with.
@@ -85,7 +90,7 @@ class Sampler:
         groups: dict[object, list[int]] = {}
         for i in special:
             groups.setdefault(sequences[i].call.sampling.signature, []).append(i)
-        chunk = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
+        chunk = 1 if self._apart else max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
         errors: dict[Call, BaseException] = {}
         for indices in groups.values():
             for start in range(0, len(indices), chunk):

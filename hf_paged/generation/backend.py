@@ -49,7 +49,7 @@ def paged_generate(
         What the original returns: [rows, length] int64 or a `ModelOutput`.
 
     Raises:
-        FallbackError: the call has a reason to fall back and `fallback="error"`; nothing ran then.
+        FallbackError: the call has a reason to fall back and the config forbids that; nothing ran then.
         Exception: whatever upstream raises for these arguments.
     """
     if kwargs.get("adapter_names") is not None and engine.adapters is not None:
@@ -74,7 +74,7 @@ def _generate(
 ) -> Any:
     reasons = early_reasons(model, replaced, engine, args, kwargs)
     if reasons:
-        if engine.config.fallback == "error":
+        if engine.config.forbids_fallback:
             reasons += _reasons_after(model, engine, reasons, args, kwargs)
         report_fallback(engine, reasons)
         return original(*args, **kwargs)

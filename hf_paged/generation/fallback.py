@@ -105,8 +105,8 @@ def report_fallback(engine: PagedEngine, reasons: Sequence[FallbackReason]) -> N
         reasons: all reasons found, at least one; the first is the one counted.
 
     Raises:
-        FallbackError: with `fallback="error"`, or with `adapter_names` that only the engine knows of. The user's own
-            switch, HF_PAGED_DISABLE, never raises otherwise, nor warns.
+        FallbackError: where the config forbids it, or with `adapter_names` that only the engine knows of. The user's
+            own switch, HF_PAGED_DISABLE, never raises otherwise, nor warns.
     """
     rows = row_adapters.get()
     if rows is not None and rows.ours and rows.model is engine.model:
@@ -118,9 +118,9 @@ def report_fallback(engine: PagedEngine, reasons: Sequence[FallbackReason]) -> N
     if reasons[0].code == "disabled":
         engine.count_fallback("disabled")
         return
-    if engine.config.fallback == "error":
+    if engine.config.forbids_fallback:
         listed = "; ".join(map(str, reasons))
-        message = f"this call cannot be served natively and fallback='error': {listed}"
+        message = f"this call cannot be served natively and {engine.config.fallback_rule}: {listed}"
         raise FallbackError(message, tuple(reasons))
     engine.count_fallback(reasons[0].code)
     if engine.config.fallback == "warn":

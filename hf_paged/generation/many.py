@@ -56,14 +56,14 @@ def generate_many(
 
     Raises:
         InvalidRequestError: a request is malformed or can never fit. Nothing ran; the message names it.
-        FallbackError: a request cannot be native and `fallback="error"`. Nothing ran.
+        FallbackError: a request cannot be native and `fallback="error"` or `deterministic=True`. Nothing ran.
     """
     requests = _prepare_all(engine, model, inputs, generation_config, kwargs)
     if not requests:
         return []
     selections = select_each(engine, adapters, len(requests))
-    if engine.config.fallback == "error":
-        _refuse_fallbacks(requests)
+    if engine.config.forbids_fallback:
+        _refuse_fallbacks(requests, engine.config.fallback_rule)
     # Drawn only when wanted: greedy runs leave the global generator alone.
     sampled = any(r.prepared is None or r.prepared.config.do_sample for r in requests)
     seed = fresh_seed() if sampled else 0
@@ -108,12 +108,12 @@ def _config_at(configs: Any, index: int) -> GenerationConfig | None:
     return configs[index] if isinstance(configs, Sequence) else configs
 
 
-def _refuse_fallbacks(requests: list[Request]) -> None:
+def _refuse_fallbacks(requests: list[Request], rule: str) -> None:
     for i, request in enumerate(requests):
         if request.reasons:
             listed = "; ".join(map(str, request.reasons))
             raise FallbackError(
-                f"inputs[{i}] cannot be served natively and fallback='error': {listed}", request.reasons
+                f"inputs[{i}] cannot be served natively and {rule}: {listed}", request.reasons
             )
 
 

@@ -29,6 +29,8 @@ def state_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[FallbackR
     attention = _attention(engine)
     if attention not in ("eager", _WITHOUT_WEIGHTS):
         yield reason("output_attentions", f"with {attention}")
+    elif engine.config.deterministic and attention == "eager":
+        yield reason("output_attentions", "their last bit depends on the batch: not with deterministic=True")
     elif attention == _WITHOUT_WEIGHTS and prepared.method == "_assisted_decoding":
         yield reason("output_attentions", "there are none to take apart: upstream's error")
 

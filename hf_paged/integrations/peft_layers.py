@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.engine.adapters import Selection
-from hf_paged.errors import WeightsChangedError
+from hf_paged.errors import FallbackError, WeightsChangedError
 from hf_paged.kernels.lora_matmul import LoraGroup, lora_add_
 from hf_paged.step import AdapterRuns, StepInputs
 
@@ -31,18 +31,21 @@ def run_in_step(layer: nn.Module, step: StepInputs, *args: Any, **kwargs: Any) -
     for name in _ROW_ARGUMENTS:
         kwargs.pop(name, None)
     runs = step.adapters
-    if runs is None:
+    deterministic = step.metadata.deterministic
+    if runs is None and not deterministic:
         return type(layer).forward(layer, *args, **kwargs)
-    if runs.within:
+    if runs is not None and runs.within:
         return _run_as(layer, runs.within[-1], args, kwargs)
     if not args or not isinstance(args[0], Tensor):
         raise TypeError(f"{type(layer).__name__} was called without an input tensor in first place")
     x = args[0]
     axis = 1 if x.dim() > 1 and x.shape[0] == 1 else 0
-    parts = runs.of(x.shape[axis])
+    parts = [(None, 0, x.shape[axis])] if runs is None else runs.of(x.shape[axis])
     grouped = _grouped_forward(layer)
     if grouped is not None and all(_is_plain(layer, selection) for selection, _, _ in parts):
-        return grouped(layer, step.backend, parts, axis, x, args[1:], kwargs)
+        return grouped(layer, step, parts, axis, x, args[1:], kwargs)
+    if deterministic or runs is None:
+        raise FallbackError(f"deterministic=True: {type(layer).__name__} does not treat each token alike")
     if not parts:  # no token
         return _within(layer, runs, None, args, kwargs)
     outputs = []
@@ -125,7 +128,9 @@ def _names(layer: Any, selection: Selection | None) -> Any:
     return selection.names
 
 
-def _linear(layer: Any, backend: str, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+def _linear(
+    layer: Any, step: StepInputs, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict
+) -> Tensor:
     output = layer.base_layer(x, *args, **kwargs)
     modules = layer._modules
     matrices_a, matrices_b = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -137,12 +142,18 @@ def _linear(layer: Any, backend: str, parts: Runs, axis: int, x: Tensor, args: t
                 a, b = a._parameters, b._parameters
                 groups.append(LoraGroup(first, end, a["weight"], b["weight"], b["bias"], layer.scaling[name]))
     if groups:
-        lora_add_(output.flatten(0, -2), x.flatten(0, -2), groups, backend=backend)
+        lora_add_(
+            output.flatten(0, -2),
+            x.flatten(0, -2),
+            groups,
+            backend=step.backend,
+            deterministic=step.metadata.deterministic,
+        )
     return output
 
 
 def _embedding(
-    layer: Any, backend: str, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict
+    layer: Any, step: StepInputs, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict
 ) -> Tensor:
     output = layer.base_layer(x, *args, **kwargs)
     scale = layer._get_embed_scale()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,3 +203,52 @@ def test_the_whole_grid(dtype, block_size, kv_heads, group):
         expected = case.truth()
         allowed = 2 * sdpa_error(case, expected) + torch.finfo(dtype).eps
         assert (case.run("cpu").double() - expected).abs().max().item() <= allowed
+
+
+def rows_of(case, lengths, part):
+    """The queries of `part` of each sequence's new tokens, in a step of their own, deterministic.
+
+    The tokens before them are in the cache already.
+    """
+    starts = [0, *itertools.accumulate(new for new, _ in case.lengths)]
+    chosen = torch.cat([torch.arange(starts[i] + a, starts[i] + b) for i, (a, b) in enumerate(part)])
+    fields = ("query", "key", "value", "slot_mapping")
+    step = replace(case, lengths=lengths, **{name: getattr(case, name)[chosen] for name in fields})
+    metadata = step.metadata()
+    metadata.deterministic = True
+    return step.run("cpu", metadata=metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_deterministic_row_is_the_same_in_prefill_chunk_and_decode(dtype, bins):
+    totals = [300, 70, 33, 5]
+    whole = make_case([(n, n) for n in totals], group=2, dtype=dtype)
+    metadata = whole.metadata()
+    metadata.deterministic = True
+    expected = whole.run("cpu", metadata=metadata).split(totals)
+    truth = whole.truth().split(totals)
+    for mine, exact in zip(expected, truth, strict=True):
+        torch.testing.assert_close(
+            mine.double(), exact, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0
+        )
+    for size in (1, 3, 64):  # the last tokens of each, in one step: decodes, and chunks of two sizes
+        counts = [min(size, n) for n in totals]
+        got = rows_of(
+            whole,
+            [(count, n) for count, n in zip(counts, totals, strict=True)],
+            [(n - count, n) for count, n in zip(counts, totals, strict=True)],
+        )
+        for mine, other in zip(got.split(counts), expected, strict=True):
+            assert torch.equal(mine, other[len(other) - len(mine) :])
+
+
+def test_other_rows_change_bits_where_bins_cut_them():
+    # What the test above would miss, were the flag without effect.
+    case = make_case([(1, 300), (1, 70), (1, 33), (1, 500)])
+    with pytest.MonkeyPatch.context() as patch:
+        results = []
+        for count in (1, 2, 5):
+            patch.setattr(cpu_backend, "num_bins", lambda work_bytes, count=count: count)
+            patch.setattr(cpu_runtime, "_launch_parallel", run_bins)
+            results.append(case.copy().run("cpu"))
+    assert not all(torch.equal(result, results[0]) for result in results)

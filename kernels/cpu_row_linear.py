@@ -1,0 +1,69 @@
+"""`row_linear`: a linear layer on a CPU whose result for one row depends on nothing but that row and the weights.
+
+Libraries choose how they sum by the number of rows and of threads. Here the order is fixed (`cpu_row_linear_tile`).
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+from torch import Tensor
+
+from hf_paged.kernels.cpu_runtime import launch, loaded_kernels, num_bins
+
+__all__ = ["missing", "row_linear"]
+
+
+@functools.cache
+def missing() -> str | None:
+    """What this machine lacks for `row_linear`; None if nothing."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return None
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"no kernels for processors of the kind {platform.machine()}"
+    try:
+        import llvmlite.binding as llvm
+    except Exception as error:  # a damaged installation raises more than ImportError
+        return f"numba cannot be imported ({error})"
+    return None if llvm.get_host_cpu_features().get("fma") else "this processor has no fused multiply-add"
+
+
+def row_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K], either dimension contiguous
+    bias: Tensor | None,  # [N]
+) -> Tensor:  # [..., N]
+    """`torch.nn.functional.linear`, summed in float32 and rounded once, bit for bit the same beside any other rows.
+
+    Raises:
+        ValueError: dtypes, devices or strides that the kernels do not take.
+    """
+    dtype = weight.dtype
+    kernels = loaded_kernels("cpu_row_linear_kernel", dtype)
+    columns, size = weight.shape
+    along = weight.stride(1) == 1 or size == 1
+    if (
+        kernels is None
+        or x.dtype is not dtype
+        or (bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()))
+        or x.device.type != "cpu"
+        or weight.device.type != "cpu"
+        or not (along or weight.stride(0) == 1)
+    ):
+        raise ValueError(
+            f"row_linear: x {x.dtype} on {x.device}, weight {dtype} on {weight.device} with strides {weight.stride()}"
+        )
+    rows = x.reshape(-1, size).float().contiguous()
+    output = torch.empty(len(rows), columns)
+    bins = num_bins((weight.numel() + rows.numel() + output.numel()) * 4)
+    scratch = torch.empty(bins * kernels.SCRATCH)
+    arguments = (
+        rows.data_ptr(), size, weight.data_ptr(), weight.stride(0) if along else weight.stride(1),
+        0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, len(rows), columns, size,
+        scratch.data_ptr(),
+    )  # fmt: skip
+    kernel = kernels.linear_along if along else kernels.linear_across
+    launch(kernel(dtype), bins, arguments)
+    return output.to(x.dtype).view(*x.shape[:-1], columns)

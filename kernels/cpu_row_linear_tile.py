@@ -1,0 +1,181 @@
+"""Tiles of a matrix product in registers whose every sum has one order, however many rows are beside it.
+
+A sum is made by `llvm.fma` without leave to reorder, so what a row gets is decided by IEEE 754 and not by how a
+compiler or library splits the work: the same for any number of rows, threads and processors with that instruction.
+
+    along K   weights [N, K]   lane l of sixteen sums k = l, l + 16, ...; then lanes l and l + 8, l + 4, l + 2, l + 1
+    across N  weights [K, N]   each lane is a column of its own and sums k = 0, 1, 2, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = ["LANES", "add_across", "add_along", "fma"]
+
+LANES = 16
+_F32, _F16 = ir.FloatType(), ir.HalfType()
+_I64, _I32, _I16 = ir.IntType(64), ir.IntType(32), ir.IntType(16)
+
+
+def _numbers(lanes: int) -> Any:
+    return ir.VectorType(_F32, lanes) if lanes > 1 else _F32
+
+
+def add_along(rows: int, columns: int) -> Callable[..., Any]:
+    """`sums[r, c] = x[r] . w[c]` over the first LANES * chunks numbers, for that many rows and columns.
+
+    Addresses: x of float32, w of `tag`, sums float32 [rows, columns]; strides in numbers.
+    """
+
+    @intrinsic
+    def tile(typing_context, x, x_stride, w, w_stride, chunks, sums, tag):
+        def generate(context, builder, signature, args):
+            x, x_stride, w, w_stride, chunks, sums, _tag = args
+            vector = _numbers(LANES)
+            totals = [_zero(builder, vector) for _ in range(rows * columns)]
+            sources = [_step(builder, x, x_stride, r, 4) for r in range(rows)]
+            targets = [_step(builder, w, w_stride, c, _bytes(tag)) for c in range(columns)]
+            with cgutils.for_range(builder, chunks) as loop:
+                first = builder.mul(loop.index, _I64(LANES))
+                ws = [_load(builder, _step(builder, at, first, 1, _bytes(tag)), LANES, tag) for at in targets]
+                for r, source in enumerate(sources):
+                    xs = _load(builder, _step(builder, source, first, 1, 4), LANES, types.float32)
+                    for c in range(columns):
+                        total = totals[r * columns + c]
+                        builder.store(_fma(builder, xs, ws[c], builder.load(total)), total)
+            _store_sums(builder, [builder.load(total) for total in totals], sums)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6, tag), generate
+
+    return tile
+
+
+def add_across(rows: int, vectors: int, lanes: int = LANES) -> Callable[..., Any]:
+    """`sums[r, c] += x[r, k] * w[k, c]` for k = 0 to count, of that many rows and vectors of columns.
+
+    Addresses: x and sums of float32, w of `tag`; strides in numbers.
+    """
+
+    @intrinsic
+    def tile(typing_context, x, x_stride, w, w_stride, count, sums, sums_stride, tag):
+        def generate(context, builder, signature, args):
+            x, x_stride, w, w_stride, count, sums, sums_stride, _tag = args
+            kind = _numbers(lanes)
+            sources = [_step(builder, x, x_stride, r, 4) for r in range(rows)]
+            places = [
+                _pointer(
+                    builder, _step(builder, _step(builder, sums, sums_stride, r, 4), _I64(lanes), v, 4), kind
+                )
+                for r in range(rows)
+                for v in range(vectors)
+            ]
+            totals = [cgutils.alloca_once_value(builder, builder.load(place, align=4)) for place in places]
+            with cgutils.for_range(builder, count) as loop:
+                line = _step(builder, w, builder.mul(loop.index, w_stride), 1, _bytes(tag))
+                ws = [
+                    _load(builder, _step(builder, line, _I64(lanes), v, _bytes(tag)), lanes, tag)
+                    for v in range(vectors)
+                ]
+                for r, source in enumerate(sources):
+                    number = _load(builder, _step(builder, source, loop.index, 1, 4), 1, types.float32)
+                    xs = _splat(builder, number, lanes)
+                    for v in range(vectors):
+                        total = totals[r * vectors + v]
+                        builder.store(_fma(builder, xs, ws[v], builder.load(total)), total)
+            for place, total in zip(places, totals, strict=True):
+                builder.store(builder.load(total), place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7, tag), generate
+
+    return tile
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """a * b + c in float32, rounded once."""
+    return types.float32(
+        types.float32, types.float32, types.float32
+    ), lambda context, builder, signature, args: _fma(builder, *args)
+
+
+def _bytes(tag: Any) -> int:
+    return 4 if tag == types.float32 else 2
+
+
+def _step(builder: Any, address: Any, stride: Any, times: int, size: int) -> Any:
+    """`address` and `times` times `stride` numbers of `size` bytes."""
+    return builder.add(address, builder.mul(stride, _I64(times * size)))
+
+
+def _pointer(builder: Any, address: Any, kind: ir.Type) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _zero(builder: Any, kind: ir.Type) -> Any:
+    return cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * LANES))
+
+
+def _load(builder: Any, address: Any, lanes: int, tag: Any) -> Any:
+    """`lanes` numbers of `tag` as float32."""
+
+    def of(kind: ir.Type) -> ir.Type:
+        return ir.VectorType(kind, lanes) if lanes > 1 else kind
+
+    if tag == types.float32:
+        return builder.load(_pointer(builder, address, of(_F32)), align=4)
+    if tag == types.int16:
+        return builder.fpext(builder.load(_pointer(builder, address, of(_F16)), align=2), of(_F32))
+    bits = builder.zext(builder.load(_pointer(builder, address, of(_I16)), align=2), of(_I32))
+    shift = ir.Constant(of(_I32), [16] * lanes if lanes > 1 else 16)
+    return builder.bitcast(builder.shl(bits, shift), of(_F32))
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    name = f"llvm.fma.v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+def _splat(builder: Any, number: Any, lanes: int) -> Any:
+    if lanes == 1:
+        return number
+    one = builder.insert_element(ir.Constant(_numbers(lanes), ir.Undefined), number, _I32(0))
+    return builder.shuffle_vector(one, one, _mask([0] * lanes))
+
+
+def _store_sums(builder: Any, totals: list[Any], sums: Any) -> None:
+    """The sum over the lanes of each vector, one after another.
+
+    Two vectors at a time are halved and put side by side, so that sixteen sums end in one vector.
+    """
+    count, width = len(totals), LANES
+    while width > 1:
+        pairs = [(totals[i], totals[min(i + 1, len(totals) - 1)]) for i in range(0, len(totals), 2)]
+        starts = [base + group for base in (0, LANES) for group in range(0, LANES, width)]
+        low = _mask([start + i for start in starts for i in range(width // 2)])
+        high = _mask([start + width // 2 + i for start in starts for i in range(width // 2)])
+        totals = [
+            builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high))
+            for a, b in pairs
+        ]
+        width //= 2
+    (total,) = totals
+    if count == LANES:
+        builder.store(total, _pointer(builder, sums, total.type), align=4)
+        return
+    for i in range(count):
+        place = _pointer(builder, builder.add(sums, _I64(4 * i)), _F32)
+        builder.store(builder.extract_element(total, _I32(i)), place, align=4)
+
+
+def _mask(lanes: list[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
