@@ -169,7 +169,7 @@ def test_many_schedules(family: str, dtype: torch.dtype, seed: int, parity_seed:
         {"n_embd": 96, "n_head": 3} if family != "llama" else {"hidden_size": 96, "num_attention_heads": 6}
     )
     model = make_model(family, dtype=dtype, seed=seed, **shape)
-    requests = make_requests(64, source.randrange(2**30), longest=110)
+    requests = make_requests(64, source.randrange(2**30), longest=80)
     expected = run_alone(model, requests, max_num_batched_tokens=source.choice([None, 300]), block_size=16)
     for size in (2, 7, 33, 64):
         chosen = source.sample(range(64), size)
