@@ -30,6 +30,15 @@ def missing() -> str | None:
     return None if llvm.get_host_cpu_features().get("fma") else "this processor has no fused multiply-add"
 
 
+@functools.cache
+def _adds_pairs() -> bool:
+    """Whether this processor adds products of two pairs of bfloat16 to a float32 at once."""
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("avx512bf16") and features.get("avx512f"))
+
+
 def row_linear(
     x: Tensor,  # [..., K]
     weight: Tensor,  # [N, K], either dimension contiguous
@@ -41,7 +50,8 @@ def row_linear(
         ValueError: dtypes, devices or strides that the kernels do not take.
     """
     dtype = weight.dtype
-    kernels = loaded_kernels("cpu_row_linear_kernel", dtype)
+    in_pairs = dtype is torch.bfloat16 and _adds_pairs()
+    kernels = loaded_kernels("cpu_row_linear_pairs_kernel" if in_pairs else "cpu_row_linear_kernel", dtype)
     columns, size = weight.shape
     along = weight.stride(1) == 1 or size == 1
     if (
@@ -55,14 +65,17 @@ def row_linear(
         raise ValueError(
             f"row_linear: x {x.dtype} on {x.device}, weight {dtype} on {weight.device} with strides {weight.stride()}"
         )
-    rows = x.reshape(-1, size).float().contiguous()
+    rows = x.reshape(-1, size).contiguous()
+    if not in_pairs:
+        rows = rows.float()
     output = torch.empty(len(rows), columns)
     bins = num_bins((weight.numel() + rows.numel() + output.numel()) * 4)
-    scratch = torch.empty(bins * kernels.SCRATCH)
+    room = kernels.scratch_size(size)
+    scratch = torch.empty(bins * room)
     arguments = (
         rows.data_ptr(), size, weight.data_ptr(), weight.stride(0) if along else weight.stride(1),
         0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, len(rows), columns, size,
-        scratch.data_ptr(),
+        scratch.data_ptr(), room,
     )  # fmt: skip
     kernel = kernels.linear_along if along else kernels.linear_across
     launch(kernel(dtype), bins, arguments)

@@ -8,21 +8,23 @@ from hf_paged.kernels.cpu_jit import entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import argument, item_bytes, load, load_f32, store_f32
 from hf_paged.kernels.cpu_row_linear_tile import LANES, add_across, add_along, fma
 
-__all__ = ["SCRATCH", "linear_across", "linear_along"]
+__all__ = ["linear_across", "linear_along", "scratch_size"]
 
 #: Rows of x that stay in the second cache while all weights go by, and bytes they may take.
 _ROWS, _CHUNK_BYTES = 64, 384 * 1024
 #: Columns of a tile across N, and rows of weights gone through before the next tile of rows.
 _WIDTH, _DEPTH = 4 * LANES, 512
-#: Float32 numbers each part works in.
-SCRATCH = _ROWS * _WIDTH
 _ZERO = np.float32(0)
 
 _along_4x4, _along_1x4 = add_along(4, 4), add_along(1, 4)
 _along_4x1, _along_1x1 = add_along(4, 1), add_along(1, 1)
 _across_4x4, _across_1x4 = add_across(4, 4), add_across(1, 4)
 _across_4x1, _across_1x1 = add_across(4, 1), add_across(1, 1)
-_across_single = add_across(1, 1, lanes=1)
+
+
+def scratch_size(size: int) -> int:
+    """Float32 numbers each part works in, for rows of `size`: sums, then a copy of the last columns."""
+    return _ROWS * _WIDTH + _DEPTH * LANES
 
 
 @helper()
@@ -45,7 +47,7 @@ def linear_along(tag):
     """output = x @ w.T + bias with rows of w [N, K] contiguous, for a part of the columns.
 
     Arguments: x (float32), its row's stride in numbers; w, its row's stride; bias ([N], or 0); output (float32), its
-    row's stride; M, N, K; scratch (float32 [bins, SCRATCH]). w and bias are of `tag`.
+    row's stride; M, N, K; scratch (float32 [bins, `scratch_size`]), its stride. w and bias are of `tag`.
     """
 
     @entry()
@@ -58,7 +60,7 @@ def linear_along(tag):
         )
         bias, output, stride = argument(arguments, 4), argument(arguments, 5), argument(arguments, 6)
         rows, width, size = argument(arguments, 7), argument(arguments, 8), argument(arguments, 9)
-        sums = argument(arguments, 10) + 4 * index * SCRATCH
+        sums = argument(arguments, 10) + 4 * index * argument(arguments, 11)
         groups, chunks = (width + 3) // 4, size // LANES
         begin, end = 4 * (groups * index // bins), min(width, 4 * (groups * (index + 1) // bins))
         together = max(4, min(_ROWS, _CHUNK_BYTES // (4 * size)) // 4 * 4)
@@ -102,33 +104,45 @@ def linear_along(tag):
 
 
 @helper()
-def _add_columns(x, x_stride, w, w_stride, count, sums, rows, columns, tag):
-    """sums[m, c] += x[m, k] * w[k, c] for `count` k, all rows and up to `_WIDTH` columns."""
-    size = item_bytes(tag)
+def _add_vector(x, x_stride, w, w_stride, count, sums, rows, tag):
+    """sums[m, c] += x[m, k] * w[k, c] for `count` k, all rows and LANES columns."""
     m = 0
+    while m + 4 <= rows:
+        _across_4x1(x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag)
+        m += 4
     while m < rows:
-        source, target = x + 4 * m * x_stride, sums + 4 * m * _WIDTH
-        many = 4 if rows - m >= 4 else 1
-        if columns == _WIDTH:
-            if many == 4:
-                _across_4x4(source, x_stride, w, w_stride, count, target, _WIDTH, tag)
-            else:
-                _across_1x4(source, x_stride, w, w_stride, count, target, _WIDTH, tag)
-        else:
-            c = 0
-            while c + LANES <= columns:
-                if many == 4:
-                    _across_4x1(source, x_stride, w + c * size, w_stride, count, target + 4 * c, _WIDTH, tag)
-                else:
-                    _across_1x1(source, x_stride, w + c * size, w_stride, count, target + 4 * c, _WIDTH, tag)
-                c += LANES
-            for single in range(c, columns):
-                for r in range(many):
-                    _across_single(
-                        source + 4 * r * x_stride, x_stride, w + single * size, w_stride, count,
-                        target + 4 * (r * _WIDTH + single), _WIDTH, tag,
-                    )  # fmt: skip
-        m += many
+        _across_1x1(x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag)
+        m += 1
+
+
+@helper()
+def _add_columns(x, x_stride, w, w_stride, count, sums, rows, columns, edge, tag):
+    """sums[m, c] += x[m, k] * w[k, c] for `count` k, all rows and up to `_WIDTH` columns.
+
+    Columns beyond the last whole vector are copied to `edge`; what lies beyond them there is anything.
+    """
+    if columns == _WIDTH:
+        m = 0
+        while m + 4 <= rows:
+            _across_4x4(
+                x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag
+            )
+            m += 4
+        while m < rows:
+            _across_1x4(
+                x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag
+            )
+            m += 1
+        return
+    size = item_bytes(tag)
+    whole = columns // LANES * LANES
+    for c in range(0, whole, LANES):
+        _add_vector(x, x_stride, w + c * size, w_stride, count, sums + 4 * c, rows, tag)
+    if whole < columns:
+        for k in range(count):
+            for c in range(columns - whole):
+                store_f32(edge, k * LANES + c, load(w + (k * w_stride + whole) * size, c, tag))
+        _add_vector(x, x_stride, edge, LANES, count, sums + 4 * whole, rows, _ZERO)
 
 
 @kernel_by_dtype
@@ -148,7 +162,8 @@ def linear_across(tag):
         )
         bias, output, stride = argument(arguments, 4), argument(arguments, 5), argument(arguments, 6)
         rows, width, size = argument(arguments, 7), argument(arguments, 8), argument(arguments, 9)
-        sums = argument(arguments, 10) + 4 * index * SCRATCH
+        sums = argument(arguments, 10) + 4 * index * argument(arguments, 11)
+        edge = sums + 4 * _ROWS * _WIDTH
         tiles = (width + _WIDTH - 1) // _WIDTH
         begin, end = _WIDTH * (tiles * index // bins), min(width, _WIDTH * (tiles * (index + 1) // bins))
         for chunk in range(0, rows, _ROWS):
@@ -161,7 +176,16 @@ def linear_across(tag):
                     source = x + 4 * (chunk * x_stride + k)
                     part = w + (k * w_stride + n) * item_bytes(tag)
                     _add_columns(
-                        source, x_stride, part, w_stride, min(_DEPTH, size - k), sums, count, columns, tag
+                        source,
+                        x_stride,
+                        part,
+                        w_stride,
+                        min(_DEPTH, size - k),
+                        sums,
+                        count,
+                        columns,
+                        edge,
+                        tag,
                     )
                 for m in range(count):
                     target = output + 4 * ((chunk + m) * stride + n)

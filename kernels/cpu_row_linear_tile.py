@@ -5,6 +5,9 @@ compiler or library splits the work: the same for any number of rows, threads an
 
     along K   weights [N, K]   lane l of sixteen sums k = l, l + 16, ...; then lanes l and l + 8, l + 4, l + 2, l + 1
     across N  weights [K, N]   each lane is a column of its own and sums k = 0, 1, 2, ...
+
+For bfloat16 some processors have an instruction that adds two products to a lane. What it rounds is the processor's
+affair and depends on these numbers alone: the order is fixed there too, with pairs of k in place of single ones.
 """
 
 from __future__ import annotations
@@ -17,15 +20,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "add_across", "add_along", "fma"]
+__all__ = ["LANES", "add_across", "add_along", "add_pairs_across", "add_pairs_along", "fma", "pair_columns"]
 
 LANES = 16
 _F32, _F16 = ir.FloatType(), ir.HalfType()
 _I64, _I32, _I16 = ir.IntType(64), ir.IntType(32), ir.IntType(16)
-
-
-def _numbers(lanes: int) -> Any:
-    return ir.VectorType(_F32, lanes) if lanes > 1 else _F32
+_VECTOR, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 
 
 def add_along(rows: int, columns: int) -> Callable[..., Any]:
@@ -38,8 +38,7 @@ def add_along(rows: int, columns: int) -> Callable[..., Any]:
     def tile(typing_context, x, x_stride, w, w_stride, chunks, sums, tag):
         def generate(context, builder, signature, args):
             x, x_stride, w, w_stride, chunks, sums, _tag = args
-            vector = _numbers(LANES)
-            totals = [_zero(builder, vector) for _ in range(rows * columns)]
+            totals = [_zero(builder) for _ in range(rows * columns)]
             sources = [_step(builder, x, x_stride, r, 4) for r in range(rows)]
             targets = [_step(builder, w, w_stride, c, _bytes(tag)) for c in range(columns)]
             with cgutils.for_range(builder, chunks) as loop:
@@ -58,7 +57,7 @@ def add_along(rows: int, columns: int) -> Callable[..., Any]:
     return tile
 
 
-def add_across(rows: int, vectors: int, lanes: int = LANES) -> Callable[..., Any]:
+def add_across(rows: int, vectors: int) -> Callable[..., Any]:
     """`sums[r, c] += x[r, k] * w[k, c]` for k = 0 to count, of that many rows and vectors of columns.
 
     Addresses: x and sums of float32, w of `tag`; strides in numbers.
@@ -68,11 +67,12 @@ def add_across(rows: int, vectors: int, lanes: int = LANES) -> Callable[..., Any
     def tile(typing_context, x, x_stride, w, w_stride, count, sums, sums_stride, tag):
         def generate(context, builder, signature, args):
             x, x_stride, w, w_stride, count, sums, sums_stride, _tag = args
-            kind = _numbers(lanes)
             sources = [_step(builder, x, x_stride, r, 4) for r in range(rows)]
             places = [
                 _pointer(
-                    builder, _step(builder, _step(builder, sums, sums_stride, r, 4), _I64(lanes), v, 4), kind
+                    builder,
+                    _step(builder, _step(builder, sums, sums_stride, r, 4), _I64(LANES), v, 4),
+                    _VECTOR,
                 )
                 for r in range(rows)
                 for v in range(vectors)
@@ -81,12 +81,12 @@ def add_across(rows: int, vectors: int, lanes: int = LANES) -> Callable[..., Any
             with cgutils.for_range(builder, count) as loop:
                 line = _step(builder, w, builder.mul(loop.index, w_stride), 1, _bytes(tag))
                 ws = [
-                    _load(builder, _step(builder, line, _I64(lanes), v, _bytes(tag)), lanes, tag)
+                    _load(builder, _step(builder, line, _I64(LANES), v, _bytes(tag)), LANES, tag)
                     for v in range(vectors)
                 ]
                 for r, source in enumerate(sources):
                     number = _load(builder, _step(builder, source, loop.index, 1, 4), 1, types.float32)
-                    xs = _splat(builder, number, lanes)
+                    xs = _splat(builder, number)
                     for v in range(vectors):
                         total = totals[r * vectors + v]
                         builder.store(_fma(builder, xs, ws[v], builder.load(total)), total)
@@ -97,6 +97,86 @@ def add_across(rows: int, vectors: int, lanes: int = LANES) -> Callable[..., Any
         return types.void(*[types.int64] * 7, tag), generate
 
     return tile
+
+
+def add_pairs_along(rows: int, columns: int) -> Callable[..., Any]:
+    """As `add_along` for x and w of bfloat16, over the first 2 * LANES * chunks numbers."""
+
+    @intrinsic
+    def tile(typing_context, x, x_stride, w, w_stride, chunks, sums):
+        def generate(context, builder, signature, args):
+            x, x_stride, w, w_stride, chunks, sums = args
+            totals = [_zero(builder) for _ in range(rows * columns)]
+            sources = [_step(builder, x, x_stride, r, 2) for r in range(rows)]
+            targets = [_step(builder, w, w_stride, c, 2) for c in range(columns)]
+            with cgutils.for_range(builder, chunks) as loop:
+                first = builder.mul(loop.index, _I64(4 * LANES))
+                ws = [_load_pairs(builder, builder.add(at, first)) for at in targets]
+                for r, source in enumerate(sources):
+                    xs = _load_pairs(builder, builder.add(source, first))
+                    for c in range(columns):
+                        total = totals[r * columns + c]
+                        builder.store(_add_pairs(builder, xs, ws[c], builder.load(total)), total)
+            _store_sums(builder, [builder.load(total) for total in totals], sums)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return tile
+
+
+def add_pairs_across(rows: int, vectors: int) -> Callable[..., Any]:
+    """As `add_across` for x of bfloat16 and `count` pairs of k, with w as `pair_columns` leaves it."""
+
+    @intrinsic
+    def tile(typing_context, x, x_stride, w, w_stride, count, sums, sums_stride):
+        def generate(context, builder, signature, args):
+            x, x_stride, w, w_stride, count, sums, sums_stride = args
+            sources = [_step(builder, x, x_stride, r, 2) for r in range(rows)]
+            places = [
+                _pointer(
+                    builder,
+                    _step(builder, _step(builder, sums, sums_stride, r, 4), _I64(LANES), v, 4),
+                    _VECTOR,
+                )
+                for r in range(rows)
+                for v in range(vectors)
+            ]
+            totals = [cgutils.alloca_once_value(builder, builder.load(place, align=4)) for place in places]
+            with cgutils.for_range(builder, count) as loop:
+                line = _step(builder, w, builder.mul(loop.index, w_stride), 1, 4)
+                ws = [_load_pairs(builder, _step(builder, line, _I64(LANES), v, 4)) for v in range(vectors)]
+                for r, source in enumerate(sources):
+                    at = _pointer(builder, _step(builder, source, loop.index, 1, 4), _I32)
+                    xs = _splat(builder, builder.load(at, align=2))
+                    for v in range(vectors):
+                        total = totals[r * vectors + v]
+                        builder.store(_add_pairs(builder, xs, ws[v], builder.load(total)), total)
+            for place, total in zip(places, totals, strict=True):
+                builder.store(builder.load(total), place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return tile
+
+
+@intrinsic
+def pair_columns(typing_context, first, second, target):
+    """LANES columns of two rows of bfloat16 side by side: column by column first, second. Addresses."""
+
+    def generate(context, builder, signature, args):
+        first, second, target = args
+        pairs = ir.VectorType(_I32, LANES)
+        low, high = (
+            builder.zext(builder.load(_pointer(builder, at, ir.VectorType(_I16, LANES)), align=2), pairs)
+            for at in (first, second)
+        )
+        both = builder.or_(low, builder.shl(high, ir.Constant(pairs, [16] * LANES)))
+        builder.store(both, _pointer(builder, target, pairs), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -120,8 +200,8 @@ def _pointer(builder: Any, address: Any, kind: ir.Type) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _zero(builder: Any, kind: ir.Type) -> Any:
-    return cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * LANES))
+def _zero(builder: Any) -> Any:
+    return cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [0.0] * LANES))
 
 
 def _load(builder: Any, address: Any, lanes: int, tag: Any) -> Any:
@@ -145,11 +225,22 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
-def _splat(builder: Any, number: Any, lanes: int) -> Any:
-    if lanes == 1:
-        return number
-    one = builder.insert_element(ir.Constant(_numbers(lanes), ir.Undefined), number, _I32(0))
-    return builder.shuffle_vector(one, one, _mask([0] * lanes))
+def _load_pairs(builder: Any, address: Any) -> Any:
+    """LANES pairs of bfloat16."""
+    return builder.load(_pointer(builder, address, ir.VectorType(_I32, LANES)), align=2)
+
+
+def _add_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = ir.FunctionType(c.type, [c.type, a.type, b.type])
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [c, a, b])
+
+
+def _splat(builder: Any, number: Any) -> Any:
+    one = builder.insert_element(
+        ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined), number, _I32(0)
+    )
+    return builder.shuffle_vector(one, one, _mask([0] * LANES))
 
 
 def _store_sums(builder: Any, totals: list[Any], sums: Any) -> None:

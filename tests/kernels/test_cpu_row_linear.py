@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +13,10 @@ from torch import Tensor
 
 from hf_paged.kernels import cpu_row_linear, cpu_runtime
 from hf_paged.kernels.cpu_row_linear import row_linear
+from tests.helpers import ROOT
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: dtype, and whether bfloat16 goes by the processor's instruction for pairs.
+KINDS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)]
 #: (K, N) around the borders of vectors (16), tiles (4 and 64 columns) and depths (512).
 SHAPES = [(1, 1), (5, 3), (16, 4), (33, 37), (96, 64), (520, 80), (1030, 131)]
 
@@ -25,6 +31,15 @@ def make_weight(size: int, columns: int, layout: str, dtype: torch.dtype) -> Ten
     return weight if layout == "linear" else weight.t().contiguous().t()
 
 
+@pytest.fixture
+def dtype(request, monkeypatch):
+    dtype, in_pairs = request.param
+    if in_pairs and not cpu_row_linear._adds_pairs():
+        pytest.skip("this processor has no instruction for pairs")
+    monkeypatch.setattr(cpu_row_linear, "_adds_pairs", lambda: in_pairs)
+    return dtype
+
+
 @pytest.fixture(params=[1, 2, 3], ids="bins={}".format)
 def bins(request, monkeypatch):
     monkeypatch.setattr(cpu_row_linear, "num_bins", lambda work_bytes: request.param)
@@ -35,7 +50,7 @@ def bins(request, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS, indirect=True, ids=str)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 @pytest.mark.parametrize("size, columns", SHAPES)
 def test_near_the_truth(size, columns, layout, dtype, bins):
@@ -54,7 +69,7 @@ def test_near_the_truth(size, columns, layout, dtype, bins):
     assert error <= max(2 * other, size * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS, indirect=True, ids=str)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 @pytest.mark.parametrize("size, columns", SHAPES)
 def test_a_row_is_the_same_alone_and_beside_any_others(size, columns, layout, dtype, bins):
@@ -110,3 +125,37 @@ def test_no_rows_and_numbers_that_are_none():
 def test_what_is_not_taken_raises(x, weight, bias):
     with pytest.raises(ValueError, match="row_linear"):
         row_linear(x, weight, bias)
+
+
+_CACHED = """
+import sys, torch
+from hf_paged.kernels import cpu_row_linear
+from tests.kernels.test_cpu_row_linear import SHAPES, make_weight, random
+sums = []
+for dtype in (torch.float32, torch.bfloat16):
+    for size, columns in [*SHAPES, (5, 2), (9, 4), (70, 66)]:
+        for layout in ("linear", "conv1d"):
+            x, weight = random(7, size, dtype=dtype), make_weight(size, columns, layout, dtype)
+            result = cpu_row_linear.row_linear(x, weight, None)
+            error = (result.double() - x.double() @ weight.double().t()).abs().max()
+            assert error <= 0.01 * size, (dtype, size, columns, layout, error)
+            sums.append(result.double().sum().item())
+print(sums)
+"""
+
+
+def test_kernels_from_the_cache_are_the_kernels_that_were_compiled(tmp_path):
+    # A process that loads them may run other machine code than the one that compiled them: helpers are linked twice.
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", _CACHED],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs[-1].stderr
+    assert runs[0].stdout == runs[1].stdout
+    assert list(tmp_path.rglob("*.nbc"))
