@@ -39,15 +39,20 @@ _TAGS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float
 
 
 def helper(**options: Any) -> Callable[[Callable], Callable]:
-    """Compiles a function which kernels call."""
-    return numba.njit(nogil=True, error_model="numpy", **options)
+    """Compiles a function which kernels call, as a part of each kernel.
+
+    As a function of its own it would exist twice, once as it was compiled and once in the kernel, optimised again. The
+    process that compiles the kernel would run the first, those that find it in the cache the second: other machine
+    code, with other last bits (docs/decisions.md).
+    """
+    return numba.njit(nogil=True, error_model="numpy", forceinline=True, **options)
 
 
 def entry(**options: Any) -> Callable[[Callable], Callable]:
     """Compiles a kernel: it releases the GIL and is cached on disk, or in memory where nothing can be written."""
 
     def decorate(function: Callable) -> Callable:
-        dispatcher = helper(**options)(function)
+        dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
         # Numba finds no place for its cache in a read-only installation without a home folder.
         with contextlib.suppress(RuntimeError, OSError):
             dispatcher._cache = _KernelCache(function)

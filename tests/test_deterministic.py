@@ -3,9 +3,13 @@ without tolerance; the same checks fail without the option."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,7 +18,7 @@ import torch
 
 import hf_paged
 from hf_paged.kernels import cpu_runtime
-from tests.helpers import EOS, FAMILIES, make_model, random_prompts
+from tests.helpers import EOS, FAMILIES, ROOT, make_model, random_prompts
 from tests.integrations.peft_models import config, peft_model
 
 NEW_TOKENS = 24
@@ -299,3 +303,27 @@ def test_tokens_are_those_of_upstream() -> None:
         for prompt, row, result in zip(prompts, expected, results, strict=True):
             tokens = row[len(prompt) :].tolist()
             assert result.token_ids == (tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens)
+
+
+_TRANSCRIPTS = """
+from tests.helpers import FAMILIES, make_model
+from tests.test_deterministic import ON, in_one_batch, make_requests
+for family in FAMILIES:
+    print(in_one_batch(make_model(family), make_requests(8, 5), **ON))
+"""
+
+
+def test_a_process_that_compiles_and_one_that_loads_the_kernels_agree(tmp_path: Path) -> None:
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", _TRANSCRIPTS],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs[-1].stderr
+    assert runs[0].stdout == runs[1].stdout
+    assert "TokenLogprobs" in runs[0].stdout

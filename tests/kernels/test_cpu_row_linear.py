@@ -145,7 +145,7 @@ print(sums)
 
 
 def test_kernels_from_the_cache_are_the_kernels_that_were_compiled(tmp_path):
-    # A process that loads them may run other machine code than the one that compiled them: helpers are linked twice.
+    # A helper that is not inlined exists twice, and the two processes would run one each.
     runs = [
         subprocess.run(
             [sys.executable, "-c", _CACHED],
