@@ -17,7 +17,7 @@ ROUND = 8
 
 
 def holds(snapshot: WeightsSnapshot) -> bool:
-    return all([snapshot.holds() for _ in range(ROUND)])
+    return all(snapshot.holds() for _ in range(ROUND))
 
 
 def layer(model: Any) -> nn.Module:
