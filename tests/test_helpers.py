@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import hf_paged
 from hf_paged.engine import registry
 from tests import helpers
 from tests.helpers import (
@@ -40,7 +41,13 @@ def test_a_busy_engine_and_a_lost_block_are_seen(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_registry_has_what_the_leak_check_asks_for() -> None:
-    assert registry.live_engines() == []
+    """Only this model's engine is looked for: models of other tests may still be alive."""
+    model = make_model("llama")
+    with hf_paged.enabled(model):
+        engine = registry.get(model)
+        assert engine is not None
+        assert engine in registry.live_engines()
+    assert engine not in registry.live_engines()
 
 
 def test_same_tokens_names_the_first_difference() -> None:

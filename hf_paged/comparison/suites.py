@@ -75,7 +75,6 @@ _FULL = (
         # - Pools of 32 and 64 requests. A step of 16 rows takes four fifths of the time of one of 32.
         # All three batch sizes are tried, on whole batches. tests/comparison/test_bench.py adds up what it takes.
         options={
-            "repeats": 2,
             "loop_subset": 16,
             "padded_subset": 32,
             "padded_sizes": (8, 16, 32),

@@ -60,7 +60,7 @@ def test_the_targets_are_those_the_project_holds_itself_to() -> None:
     ]
 
 
-def test_the_slowest_line_ends_within_twelve_minutes_on_two_cores() -> None:
+def test_the_slowest_line_ends_within_a_quarter_of_an_hour_on_two_cores() -> None:
     """Its tokens over the rates of such a machine: 34 tokens/s of the loop were measured on this model (the line of
     one prompt in benchmarks/results); the others are as many times the loop as on the 5 M model, rounded down."""
     rates = {"loop": 34, "padded": 34 * 1.3, "generate_batch": 34 * 2.5, "hf_paged": 34 * 6}
@@ -76,7 +76,7 @@ def test_the_slowest_line_ends_within_twelve_minutes_on_two_cores() -> None:
         trials = [c.trial().num_requests for c in candidates] if len(candidates) > 1 else []
         run = max(c.final().num_requests for c in candidates)
         seconds += (sum(trials) + run * options.repeats) * mean / rates[name]
-    assert 300 < seconds < 660  # the rest is for building the model, warming up and comparing tokens
+    assert 400 < seconds < 840  # the rest is for building the model, warming up and comparing tokens
 
 
 def test_lines_are_written_as_they_finish_and_resumed(
