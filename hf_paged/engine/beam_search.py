@@ -253,7 +253,7 @@ class _Step:
         full = []
         for group, count in zip(self._groups, self._num_prompts, strict=True):
             spec = group.call.sampling
-            most = group.sequences[0].max_new_tokens
+            most = group.sequences[0].ends_at
             if spec.max_length is not None:
                 most = min(most, spec.max_length - spec.prompt_width)
             full += [[self._t + 1 >= most]] * count
@@ -318,10 +318,7 @@ class _Step:
 
     def _is_entangled(self, group: SequenceGroup, state: BeamState) -> bool:
         """Whether upstream's result could still change while other prompts of the batch go on."""
-        if (
-            len(group.sequences) == len(group.call.sequences)
-            or self._t + 1 >= group.sequences[0].max_new_tokens
-        ):
+        if len(group.sequences) == len(group.call.sequences) or self._t + 1 >= group.sequences[0].ends_at:
             return False
         settled = bool(state.is_finished.all()) and float(state.finished_scores.min()) > _UNTAKEN
         return not (settled and (self._options.early_stopping is True or not bool(state.may_improve.any())))

@@ -98,7 +98,7 @@ def finish_reason(sequence: Sequence, token_ids: list[int]) -> FinishReason:
     spec = sequence.call.sampling
     if token_ids and token_ids[-1] in spec.eos_token_ids:
         return FinishReason.STOP
-    most = sequence.max_new_tokens
+    most = sequence.ends_at
     if spec.max_length is not None:
         most = min(most, spec.max_length - spec.prompt_width)
     if len(token_ids) >= most:

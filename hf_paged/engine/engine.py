@@ -24,6 +24,7 @@ from hf_paged.engine.crank import Crank, Until
 from hf_paged.engine.groups import most_blocks
 from hf_paged.engine.loop import StepLoop
 from hf_paged.engine.namespaces import NamespaceMaker, Namespaces, assign
+from hf_paged.engine.positions import out_of_positions
 from hf_paged.engine.request import Call, FinishReason, Sequence, SequenceGroup
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
 from hf_paged.engine.weights import watch_optimizers
@@ -186,6 +187,9 @@ class PagedEngine:
         if self._closed:
             raise EngineStateError("the model is not enabled any more")
         capacity = (self._loop.runtime or self._loop.ready()).capacity_tokens
+        longest = max((s.prompt_len for s in call.sequences), default=0)
+        if self.position_limit is not None and longest > self.position_limit:
+            raise out_of_positions(longest, 0)
         for seq in call.sequences:
             if not seq.prompt_len:
                 raise InvalidRequestError("input_ids is empty: at least one token is needed")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from hf_paged.engine import batch, beam_steps, lockstep, states
+from hf_paged.engine import batch, beam_steps, lockstep, positions, states
 from hf_paged.engine.call_table import CallTable
 from hf_paged.engine.given_kv import write_given
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
@@ -194,6 +195,13 @@ class StepLoop(CallTable):
         for call, error in failed.items():
             self.fail([call], error)
         self._finish(runtime, [s for s in accepted if s.call not in failed])
+        self._fail_out_of_positions(accepted)
+
+    def _fail_out_of_positions(self, sequences: Iterable[Sequence]) -> None:
+        """Fails the calls of those that have a new token and go on, though no position is left for it."""
+        for seq in sequences:
+            if positions.needs_another(seq):
+                self.fail([seq.call], positions.out_of_positions(seq.prompt_len, seq.num_generated))
 
     def _advance_beams(self, runtime: Runtime, logits: Tensor, beams: dict[Sequence, int]) -> None:
         ended, failed = beam_steps.advance(runtime.scheduler, logits, beams, apart=self.config.deterministic)
@@ -204,6 +212,7 @@ class StepLoop(CallTable):
             self._retire(runtime, group.sequences)
             if all(s.status is Status.FINISHED for s in group.call.sequences):
                 self._complete(group.call)
+        self._fail_out_of_positions(beams)
 
     def answer(self, call: Call, tokens: list[int], reasons: list[FinishReason | None]) -> None:
         """What the caller of a lockstep call has chosen: a token for each row, and why rows end with it."""
@@ -216,6 +225,7 @@ class StepLoop(CallTable):
         if call.has_run_out:
             self._retire(self.runtime, call.sequences)
             self._complete(call)
+        self._fail_out_of_positions(call.sequences)
 
     def _finish(self, runtime: Runtime, sequences: list[Sequence]) -> None:
         """Ends the sequences whose new token was their last, and the calls whose last sequence ended."""

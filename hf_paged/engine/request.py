@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -106,6 +107,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def ends_at(self) -> float:
+        """Tokens generated with which it ends whatever they are."""
+        return math.inf if self.call.position_bound else self.max_new_tokens
+
+    @property
     def generated_ids(self) -> list[int]:
         """The tokens a user gets: without what was run on after the finish."""
         end = self.num_tokens if self.num_kept is None else self.prompt_len + self.num_kept
@@ -167,6 +173,9 @@ class Call:
     lockstep: Any = None
     attended: bool = False  # a lockstep call whose caller has the logits of all rows and is choosing
     states: Any = None  # `engine.states.StateRecord`: hidden states and attentions to return; None: none are
+    #: `max_new_tokens` of its rows is all that positions allow, and less than was asked for: a row that has so many and
+    #: does not end with the last fails the call (`engine.positions`).
+    position_bound: bool = False
     keep_kv: bool = False  # blocks stay with the finished sequences until `PagedEngine.release_kv`
     sequences: list[Sequence] = field(default_factory=list)
     call_id: int = field(default_factory=lambda: next(_call_ids))

@@ -99,7 +99,7 @@ def stops(sequences: list[Sequence]) -> list[FinishReason | None]:
             continue
         if token_ids[-1] in rules.eos_token_ids:
             reasons.append(FinishReason.STOP)
-        elif num_generated >= sequence.max_new_tokens or (
+        elif num_generated >= sequence.ends_at or (
             rules.max_length is not None and spec.prompt_width + num_generated >= rules.max_length
         ):
             reasons.append(FinishReason.LENGTH)

@@ -78,11 +78,16 @@ def run_streamed(engine: PagedEngine, prepared: Prepared, call: Call) -> None:
         while True:
             until(lambda: call.done.is_set() or steps.num_complete > steps.num_given)
             ended = call.done.is_set()
-            _raise_error(call)
-            for _ in range(steps.num_given, num_steps(call) if ended else steps.num_complete):
+            whole = ended and call.error is None
+            for _ in range(steps.num_given, num_steps(call) if whole else steps.num_complete):
                 prepared.streamer.put(steps.give())
+            _raise_error(call)
             if ended:
                 return
+
+
+#: Rows that were to go on when their call ended.
+_CUT_OFF = (FinishReason.ERROR, FinishReason.CANCELLED)
 
 
 @contextmanager
@@ -108,7 +113,11 @@ class _Steps:
     @property
     def num_complete(self) -> int:
         """Steps in which every row has its token. Rows that have ended get pads, if there are any to give."""
-        going = [s for s in self._sequences if s.num_kept is None or self._pad is None]
+        going = [
+            s
+            for s in self._sequences
+            if s.num_kept is None or self._pad is None or s.finish_reason in _CUT_OFF
+        ]
         if going:
             return min(s.num_generated for s in going)
         return max(s.num_kept or 0 for s in self._sequences)

@@ -55,16 +55,17 @@ def beam_reasons(model: GenerativeModel, engine: PagedEngine, prepared: Prepared
         )
 
 
-def most_tokens(prepared: Prepared, prompt_lens: list[int], block_size: int) -> int:
+def most_tokens(prepared: Prepared, prompt_lens: list[int], new_tokens: int, block_size: int) -> int:
     """Tokens of KV cache that what has to advance together may need, in whole blocks.
 
     Args:
         prompt_lens: of each row of the prepared call, pads not counted.
+        new_tokens: most that a beam can get.
     """
-    beams, new = prepared.config.num_beams, prepared.max_new_tokens
+    beams = prepared.config.num_beams
     lens = prompt_lens[::beams]
     parts = [lens] if advances_whole(prepared) else [[length] for length in lens]
-    return block_size * max(groups.most_blocks(part, new, beams, block_size) for part in parts)
+    return block_size * max(groups.most_blocks(part, new_tokens, beams, block_size) for part in parts)
 
 
 def advances_whole(prepared: Prepared) -> bool:

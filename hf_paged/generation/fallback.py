@@ -52,7 +52,6 @@ REASONS: dict[str, str] = {
     "input_device": "input_ids is on another device than the model",
     "processors": "a logits processor or stopping criterion is not supported here",
     "no_length_limit": "no max_length",
-    "position_limit": "the model has fewer positions than the call may need",
     "rope_limit": "the call may cross the length at which the model's rotary embedding changes",
     "kv_budget": "the KV cache cannot hold a row of this call",
 }

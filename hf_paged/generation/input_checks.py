@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged.engine.positions import most_new_tokens
 from hf_paged.generation.beams import most_tokens
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.prepared import Prepared
@@ -97,13 +98,15 @@ def length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[Fallback
     longest = max(lengths)
     # The last token made is never fed back: it needs no position.
     positions = longest + prepared.max_new_tokens - 1
-    for code, most in (("position_limit", engine.position_limit), ("rope_limit", engine.rope_limit)):
-        if most is not None and positions > most:
-            yield reason(code, f"{positions} positions, limit {most}")
+    if engine.rope_limit is not None and positions > engine.rope_limit:
+        yield reason("rope_limit", f"{positions} positions, limit {engine.rope_limit}")
+    new_tokens = most_new_tokens(engine.position_limit, longest, prepared.max_new_tokens)
+    if new_tokens < 1:
+        return  # the engine raises upstream's error before anything runs
     capacity, size = engine.capacity_tokens(), engine.config.block_size
-    needed = longest + prepared.max_new_tokens
+    needed = longest + new_tokens
     if prepared.method == "_beam_search":
-        needed = max(needed, most_tokens(prepared, lengths, size))
+        needed = max(needed, most_tokens(prepared, lengths, new_tokens, size))
     elif prepared.config.return_dict_in_generate or prepared.given_cache is not None:
         # Keys and values of all rows stay to the end.
         together = len(prepared.input_ids) * -(-needed // size) * size

@@ -11,6 +11,7 @@ from hf_paged.engine.adapters import Selection
 from hf_paged.engine.draws import Draws, LockstepDraws
 from hf_paged.engine.lockstep import Lockstep
 from hf_paged.engine.namespaces import Namespaces, assign
+from hf_paged.engine.positions import most_new_tokens
 from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import LogitsEdit, SamplingSpec
 from hf_paged.generation.beams import advances_whole, beam_options, group_rows
@@ -90,17 +91,20 @@ def build_call(
         states=states,
         speculation=None if lockstep or states is not None else speculation_of(prepared),
     )
+    lengths = num_prompt_tokens(prepared).tolist()
+    # At least 1: what has no position for its first token the engine refuses as it is.
+    most = max(1, most_new_tokens(engine.position_limit, max(lengths), prepared.max_new_tokens))
+    call.position_bound = most < prepared.max_new_tokens
     embeds = prepared.inputs_embeds
     # Ids that stand for embeddings are looked at by nobody.
     all_tokens = ids.tolist() if embeds is None else [[0] * prepared.prompt_width] * num_rows
-    rows = zip(all_tokens, num_prompt_tokens(prepared).tolist(), strict=True)
-    for row, (tokens, length) in enumerate(rows):
+    for row, (tokens, length) in enumerate(zip(all_tokens, lengths, strict=True)):
         first = row - row % copies
         num_pad = len(tokens) - length
         given = given_kv(prepared, row, num_pad)
         sequence = call.add_row(
             tokens[num_pad:],
-            prepared.max_new_tokens,
+            most,
             num_pad=num_pad,
             fork_of=first if first != row and beams is None and given is None else None,
         )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hf_paged.engine.engine import PagedEngine
 
 #: Reasons that no `generate()` can help: the request itself is wrong or can never fit.
-_INVALID = frozenset({"input_ids", "token_range", "position_limit", "kv_budget", "no_length_limit"})
+_INVALID = frozenset({"input_ids", "token_range", "kv_budget", "no_length_limit"})
 #: Arguments of `generate()` that a request says otherwise or that its result has no place for.
 _NOT_FOR_REQUESTS = {
     "inputs": "the prompt is given as token ids",
@@ -120,7 +120,7 @@ class RequestPreparer:
             options,
                 or the request can never fit.
         """
-        token_ids = as_token_ids(prompt, self._engine.vocab_size)
+        token_ids = as_token_ids(prompt, self._engine)
         if self._early:
             return Request(token_ids, None, self._early)
         options, limit = _content(config), self._limit(config)
@@ -174,11 +174,12 @@ class RequestPreparer:
         return _checked(token_ids, prepared, late_reasons(self._model, self._engine, prepared))
 
 
-def as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
+def as_token_ids(prompt: Any, engine: PagedEngine) -> list[int]:
     """`prompt` as a list of ints.
 
     Raises:
-        InvalidRequestError: it is not a flat, non-empty list of token ids below `vocab_size`.
+        InvalidRequestError: it is not a flat, non-empty list of token ids that the engine's model knows, or has more
+            of them than the model has positions.
     """
     if isinstance(prompt, str):
         raise InvalidRequestError("the prompt is text: give token ids")
@@ -190,9 +191,13 @@ def as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
         raise InvalidRequestError("the prompt must be a flat list of token ids (ints)") from None
     if not token_ids:
         raise InvalidRequestError("the prompt is empty: at least one token id is needed")
-    low, high = min(token_ids), max(token_ids)
+    low, high, vocab_size = min(token_ids), max(token_ids), engine.vocab_size
     if low < 0 or high >= vocab_size:
         raise InvalidRequestError(f"token id {low if low < 0 else high} is outside of 0..{vocab_size - 1}")
+    if engine.position_limit is not None and len(token_ids) > engine.position_limit:
+        raise InvalidRequestError(
+            f"a prompt of {len(token_ids)} tokens: the model has {engine.position_limit} positions"
+        )
     return token_ids
 
 

@@ -46,7 +46,7 @@ _WITHOUT_MEANING = {
 }
 #: Options that transformers' own passes over in silence; what a user gets with them shall not depend on us.
 _PASSED_OVER = ("stop_strings", "max_time")
-_OF_ONE_PROMPT = frozenset({"position_limit", "rope_limit", "kv_budget", "token_range"})
+_OF_ONE_PROMPT = frozenset({"rope_limit", "kv_budget", "token_range"})
 
 
 class BatchRequests:
@@ -110,7 +110,7 @@ class BatchRequests:
         Raises:
             ValueError: the prompt or an option is not one, or the request can never fit.
         """
-        token_ids = as_token_ids(prompt, self._engine.vocab_size)
+        token_ids = as_token_ids(prompt, self._engine)
         if max_new_tokens < 1:
             raise InvalidRequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         self._check_options(options)

@@ -44,9 +44,7 @@ _LOOK_AHEAD = 2
 #: Items taken for each result that is ready: the window fills without keeping a result back.
 _REFILL = 2
 #: Reasons that lie in one prompt: others of the same stream may well be native.
-_OF_ONE_PROMPT = frozenset(
-    {"position_limit", "rope_limit", "kv_budget", "token_range", "input_ids", "attention_mask"}
-)
+_OF_ONE_PROMPT = frozenset({"rope_limit", "kv_budget", "token_range", "input_ids", "attention_mask"})
 #: Processors and criteria to which it is all the same whether pads come before the prompt.
 _BLIND_TO_PADS = frozenset(
     {

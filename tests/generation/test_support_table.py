@@ -79,6 +79,8 @@ HUB = {"trust_remote_code": True}
 def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
     """Name -> arguments that set it; together they show everything its row says."""
     sampled = {"do_sample": True}
+    # All rows together are more than the pool of these tests holds, whatever the positions allow.
+    whole = {"return_dict_in_generate": True, "input_ids": IDS.repeat(50, 1), "attention_mask": None}
     positions = torch.arange(4).expand(2, -1)
     table: dict[str, list[dict[str, Any]]] = {
         "inputs": [{"inputs": IDS, "input_ids": None, "attention_mask": None}],
@@ -104,8 +106,8 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
             {"custom_generate": hf_paged.generate},
             {"custom_generate": lambda model, input_ids, **kwargs: input_ids},
         ],
-        "max_length": [{"max_length": 9}],
-        "max_new_tokens": [{"max_new_tokens": 3}, {"max_new_tokens": 100_000}],
+        "max_length": [{"max_length": 9}, {"max_length": 100_000, **whole}],
+        "max_new_tokens": [{"max_new_tokens": 3}, {"max_new_tokens": 100_000, **whole}],
         "min_length": [{"min_length": 6}],
         "min_new_tokens": [{"min_new_tokens": 2}],
         "early_stopping": [{"early_stopping": True}],
