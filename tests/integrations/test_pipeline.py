@@ -70,7 +70,7 @@ class Source:
 
 def test_a_list_runs_as_one_stream(any_pipe: Any) -> None:
     with hf_paged.enabled(any_pipe):
-        any_pipe(TEXTS * 4, **GREEDY)
+        any_pipe(TEXTS * 4, **(GREEDY | {"max_new_tokens": 60, "eos_token_id": None}))  # long enough to meet
         assert hf_paged.stats(any_pipe).peak_running > 4
     both(any_pipe, lambda: TEXTS, len(TEXTS), **GREEDY)
 
