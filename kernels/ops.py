@@ -1,8 +1,9 @@
-"""The front door of the kernels: three ops, one name each, dispatched by a backend's name.
+"""The front door of the kernels: four ops, one name each, dispatched by a backend's name.
 
-    store_kv          write new keys and values into their slots
-    paged_attention   store, then attend every new token to all keys of its sequence
-    copy_blocks       copy whole blocks (copy-on-write)
+    store_kv                write new keys and values into their slots
+    paged_attention         store, then attend every new token to all keys of its sequence
+    rotary_paged_attention  rotate queries and keys by their positions, then the same (reference and triton)
+    copy_blocks             copy whole blocks (copy-on-write)
 
 A backend is a module with functions of the same names and signatures (less `backend`). It is imported the first
 time it is asked for, so that importing this file imports neither numba nor triton. Arguments are checked here,
@@ -14,7 +15,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 import warnings
 from types import ModuleType
 
@@ -22,8 +22,22 @@ import torch
 from torch import Tensor
 
 from hf_paged.kernels.metadata import PagedMetadata
+from hf_paged.kernels.op_checks import (
+    check_attention,
+    check_cache,
+    check_indices,
+    check_new_kv,
+    is_interpreted,
+)
 
-__all__ = ["BACKENDS", "copy_blocks", "paged_attention", "resolve_backend", "store_kv"]
+__all__ = [
+    "BACKENDS",
+    "copy_blocks",
+    "paged_attention",
+    "resolve_backend",
+    "rotary_paged_attention",
+    "store_kv",
+]
 
 #: Name -> module. The module is imported at its first use.
 BACKENDS = {
@@ -31,11 +45,6 @@ BACKENDS = {
     "cpu": "hf_paged.kernels.cpu_backend",
     "triton": "hf_paged.kernels.triton_backend",
 }
-
-MAX_HEAD_SIZE = 512
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REFERENCE_DTYPES = (*_DTYPES, torch.float64)
-_SUPPORTED = "float32, bfloat16, float16 (and float64 by the reference backend)"
 
 
 def store_kv(
@@ -59,9 +68,9 @@ def store_kv(
         ValueError: a shape, dtype, device or backend that is not supported.
     """
     module = _backend(backend)
-    _check_cache("store_kv", k_cache, v_cache, backend)
-    _check_new_kv("store_kv", key, value, k_cache)
-    _check_indices("store_kv", "slot_mapping", slot_mapping, key.shape[0], k_cache)
+    check_cache("store_kv", k_cache, v_cache, backend)
+    check_new_kv("store_kv", key, value, k_cache)
+    check_indices("store_kv", "slot_mapping", slot_mapping, key.shape[0], k_cache)
     module.store_kv(key, value, k_cache, v_cache, slot_mapping)
 
 
@@ -99,16 +108,7 @@ def paged_attention(
         ValueError: a shape, dtype, device, option or backend that is not supported.
     """
     module = _backend(backend)
-    plan = metadata.plan
-    # All layers of a step mostly look alike, and a full check costs as much as a small layer's attention.
-    seen = (
-        (query.shape, query.stride(), query.dtype, query.device),
-        (key.shape, key.stride(), key.dtype, value.shape, value.stride(), value.dtype),
-        (k_cache.shape, k_cache.dtype, k_cache.device, v_cache.shape, sliding_window, softcap, backend),
-    )
-    if plan.get("ops.checked") != seen:
-        _check_attention(query, key, value, k_cache, v_cache, metadata, sliding_window, softcap, backend)
-        plan["ops.checked"] = seen
+    check_attention(query, key, value, k_cache, v_cache, metadata, sliding_window, softcap, backend)
     if sinks is not None and sinks.shape != (query.shape[1],):
         raise ValueError(f"paged_attention: sinks of shape {tuple(sinks.shape)}; expected [{query.shape[1]}]")
     return module.paged_attention(
@@ -125,6 +125,50 @@ def paged_attention(
     )
 
 
+def rotary_paged_attention(
+    query: Tensor,  # [T, H, D]
+    key: Tensor,  # [T, H_kv, D]
+    value: Tensor,  # [T, H_kv, D]
+    cos: Tensor,  # [T, R]
+    sin: Tensor,  # [T, R]
+    k_cache: Tensor,  # [N, B, H_kv, D]
+    v_cache: Tensor,  # [N, B, H_kv, D]
+    metadata: PagedMetadata,
+    *,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """`paged_attention` of queries and keys that are still to be rotated by their positions (RoPE, LLaMA's halves).
+
+    Args:
+        query, key, value, k_cache, v_cache, metadata, scale: as for `paged_attention`.
+        cos, sin: of each token's angles, as LLaMA makes them: the second half repeats the first. The first R elements
+            of a head are rotated.
+        backend: "reference" or "triton"; the CPU's kernels rotate apart.
+
+    Returns:
+        [T, H, D] in the query's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that is not supported.
+    """
+    op = "rotary_paged_attention"
+    if backend not in ("reference", "triton"):
+        raise ValueError(f"{op}: backend={backend!r}; must be 'reference' or 'triton'")
+    module = _backend(backend)
+    check_attention(query, key, value, k_cache, v_cache, metadata, None, None, backend)
+    rotated = cos.shape[-1]
+    if cos.shape != (key.shape[0], rotated) or sin.shape != cos.shape:
+        raise ValueError(
+            f"{op}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; both must be [{key.shape[0]}, R]"
+        )
+    if rotated % 2 or rotated > key.shape[2]:
+        raise ValueError(
+            f"{op}: {rotated} rotated elements; must be even and at most the head size {key.shape[2]}"
+        )
+    return module.rotary_paged_attention(query, key, value, cos, sin, k_cache, v_cache, metadata, scale=scale)
+
+
 def copy_blocks(
     k_cache: Tensor,  # [N, B, H_kv, D]
     v_cache: Tensor,  # [N, B, H_kv, D]
@@ -139,14 +183,16 @@ def copy_blocks(
         ValueError: a shape, dtype, device or backend that is not supported.
     """
     module = _backend(backend)
-    _check_cache("copy_blocks", k_cache, v_cache, backend)
-    _check_indices("copy_blocks", "src", src, src.shape[0], k_cache)
-    _check_indices("copy_blocks", "dst", dst, src.shape[0], k_cache)
+    check_cache("copy_blocks", k_cache, v_cache, backend)
+    check_indices("copy_blocks", "src", src, src.shape[0], k_cache)
+    check_indices("copy_blocks", "dst", dst, src.shape[0], k_cache)
     module.copy_blocks(k_cache, v_cache, src, dst)
 
 
 def resolve_backend(device: torch.device | str, requested: str = "auto") -> str:
     """The backend for tensors on `device`: "auto" is "cpu" on the CPU and "triton" on CUDA.
+
+    With TRITON_INTERPRET=1 in the environment "triton" may be asked for on the CPU, to try it without a GPU.
 
     Where the package behind an automatic choice is missing, the answer is "reference", with one warning. A forked child
     keeps "cpu": that backend then stays on one thread, which is safe, and faster than the reference.
@@ -160,6 +206,8 @@ def resolve_backend(device: torch.device | str, requested: str = "auto") -> str:
     native = {"cpu": "cpu", "cuda": "triton"}.get(kind)
     if requested != "auto" and requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: must be 'auto', {', '.join(map(repr, BACKENDS))}")
+    if requested == "triton" and is_interpreted(kind):
+        native = requested
     if requested not in ("auto", native):
         raise ValueError(
             f"backend={requested!r}: cannot run on {kind!r}; supported there: {native!r}, 'reference'"
@@ -185,100 +233,3 @@ def _backend(name: str) -> ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}: must be one of {', '.join(map(repr, BACKENDS))}")
     return importlib.import_module(BACKENDS[name])
-
-
-def _check_cache(op: str, k_cache: Tensor, v_cache: Tensor, backend: str) -> None:
-    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
-        raise ValueError(
-            f"{op}: k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}; "
-            "both must be [N, B, H_kv, D]"
-        )
-    if k_cache.dtype != v_cache.dtype or k_cache.device != v_cache.device:
-        raise ValueError(f"{op}: k_cache and v_cache must have one dtype and one device")
-    allowed = _REFERENCE_DTYPES if backend == "reference" else _DTYPES
-    if k_cache.dtype not in allowed:
-        raise ValueError(f"{op}: k_cache of dtype {k_cache.dtype}; supported: {_SUPPORTED}")
-    if not k_cache.is_contiguous() or not v_cache.is_contiguous():
-        raise ValueError(f"{op}: k_cache and v_cache must be contiguous")
-    kind = k_cache.device.type
-    # The Triton interpreter runs the very kernels on CPU tensors.
-    interpreted = backend == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if backend != "reference" and kind != {"cpu": "cpu", "triton": "cuda"}[backend] and not interpreted:
-        raise ValueError(f"{op}: k_cache on device {k_cache.device}, which backend={backend!r} cannot read")
-    if not 1 <= k_cache.shape[3] <= MAX_HEAD_SIZE:
-        raise ValueError(f"{op}: head size {k_cache.shape[3]}; supported: 1 to {MAX_HEAD_SIZE}")
-
-
-def _check_new_kv(op: str, key: Tensor, value: Tensor, k_cache: Tensor) -> None:
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dim() != 3 or tensor.shape[0] != key.shape[0] or tensor.shape[1:] != k_cache.shape[2:]:
-            raise ValueError(
-                f"{op}: {name} of shape {tuple(tensor.shape)}; expected [T, H_kv, D] with "
-                f"H_kv, D = {tuple(k_cache.shape[2:])} as in k_cache"
-            )
-        _check_packed(op, name, tensor, k_cache)
-    if key.dtype != value.dtype:
-        raise ValueError(f"{op}: key of dtype {key.dtype} with value of dtype {value.dtype}; must be equal")
-
-
-def _check_packed(op: str, name: str, tensor: Tensor, k_cache: Tensor) -> None:
-    if tensor.dtype not in _REFERENCE_DTYPES:
-        raise ValueError(f"{op}: {name} of dtype {tensor.dtype}; supported: {_SUPPORTED}")
-    if tensor.device != k_cache.device:
-        raise ValueError(
-            f"{op}: {name} on device {tensor.device}, k_cache on {k_cache.device}; must be one device"
-        )
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
-        raise ValueError(
-            f"{op}: {name} with strides {tensor.stride()}; its last dimension must be contiguous"
-        )
-
-
-def _check_indices(op: str, name: str, indices: Tensor, count: int, k_cache: Tensor) -> None:
-    if indices.dtype != torch.int64 or indices.shape != (count,):
-        raise ValueError(
-            f"{op}: {name} of dtype {indices.dtype} and shape {tuple(indices.shape)}; expected int64 [{count}]"
-        )
-    if indices.device != k_cache.device:
-        raise ValueError(
-            f"{op}: {name} on device {indices.device}, k_cache on {k_cache.device}; must be one device"
-        )
-
-
-def _check_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    metadata: PagedMetadata,
-    sliding_window: int | None,
-    softcap: float | None,
-    backend: str,
-) -> None:
-    op = "paged_attention"
-    _check_cache(op, k_cache, v_cache, backend)
-    _check_new_kv(op, key, value, k_cache)
-    tokens, kv_heads, head_size = key.shape
-    if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != head_size:
-        raise ValueError(f"{op}: query of shape {tuple(query.shape)}; expected [{tokens}, H, {head_size}]")
-    if query.shape[1] % kv_heads:
-        raise ValueError(f"{op}: {query.shape[1]} query heads; must be a multiple of the {kv_heads} KV heads")
-    _check_packed(op, "query", query, k_cache)
-    if backend != "reference" and query.dtype not in _DTYPES:
-        raise ValueError(f"{op}: query of dtype {query.dtype}; supported: {_SUPPORTED}")
-    _check_indices(op, "metadata.slot_mapping", metadata.slot_mapping, tokens, k_cache)
-    num_seqs = metadata.num_seqs
-    shapes = {"block_tables": (num_seqs, metadata.block_tables.shape[-1]), "seq_lens": (num_seqs,)}
-    shapes["query_start_loc"] = (num_seqs + 1,)
-    for name, shape in shapes.items():
-        tensor = getattr(metadata, name)
-        if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape or tensor.device != k_cache.device:
-            raise ValueError(
-                f"{op}: metadata.{name} of dtype {tensor.dtype}, shape {tuple(tensor.shape)}, "
-                f"device {tensor.device}; expected int32 {list(shape)} on {k_cache.device}"
-            )
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"{op}: sliding_window={sliding_window}; must be at least 1, or None")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap={softcap}; must be above 0, or None")

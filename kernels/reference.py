@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_paged.kernels.metadata import PagedMetadata
 
-__all__ = ["copy_blocks", "paged_attention", "store_kv"]
+__all__ = ["copy_blocks", "paged_attention", "rotary_paged_attention", "rotate", "store_kv"]
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -50,6 +50,31 @@ def paged_attention(
         visible = visible_keys(positions, seq_len, sliding_window)
         output[new] = attend(query[new], keys, values, visible, scale, softcap, sinks).to(query.dtype)
     return output
+
+
+def rotary_paged_attention(
+    query: Tensor,  # [T, H, D]
+    key: Tensor,  # [T, H_kv, D]
+    value: Tensor,  # [T, H_kv, D]
+    cos: Tensor,  # [T, R]
+    sin: Tensor,  # [T, R]
+    k_cache: Tensor,  # [N, B, H_kv, D]
+    v_cache: Tensor,  # [N, B, H_kv, D]
+    metadata: PagedMetadata,
+    *,
+    scale: float,
+) -> Tensor:
+    """See `hf_paged.kernels.ops.rotary_paged_attention`."""
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    return paged_attention(query, key, value, k_cache, v_cache, metadata, scale=scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D] with its first R elements turned by the angles of cos and sin [T, R]; in the dtype of x."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    partner = torch.cat((-second, first), dim=-1)
+    return torch.cat((turned * cos[:, None] + partner * sin[:, None], rest), dim=-1).to(x.dtype)
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> None:

@@ -19,7 +19,14 @@ from hf_paged.kernels.triton_paged_prefill import paged_prefill
 from hf_paged.kernels.triton_store_kv import store_kv
 from hf_paged.kernels.triton_store_kv_rope import store_kv_rope
 
-__all__ = ["attend", "copy_blocks", "paged_attention", "store_kv", "store_kv_rope"]
+__all__ = [
+    "attend",
+    "copy_blocks",
+    "paged_attention",
+    "rotary_paged_attention",
+    "store_kv",
+    "store_kv_rope",
+]
 
 
 def paged_attention(
@@ -55,6 +62,27 @@ def paged_attention(
         k_scales=k_scales,
         v_scales=v_scales,
     )
+
+
+def rotary_paged_attention(
+    query: Tensor,  # [T, H, D]
+    key: Tensor,  # [T, H_kv, D]
+    value: Tensor,  # [T, H_kv, D]
+    cos: Tensor,  # [T, R]
+    sin: Tensor,  # [T, R]
+    k_cache: Tensor,  # [N, B, H_kv, D]
+    v_cache: Tensor,  # [N, B, H_kv, D]
+    metadata: PagedMetadata,
+    *,
+    scale: float,
+) -> Tensor:
+    """See `hf_paged.kernels.ops.rotary_paged_attention`: rotation and store are one launch.
+
+    Raises:
+        ValueError: as `paged_attention`.
+    """
+    rotated = store_kv_rope(query, key, value, cos, sin, k_cache, v_cache, metadata.slot_mapping)
+    return attend(rotated, k_cache, v_cache, metadata, scale=scale)
 
 
 def attend(

@@ -23,7 +23,7 @@ from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.patches.instance import InstancePatch
 from hf_paged.step import StepInputs, current_step
 
-__all__ = ["attend", "bind", "bind_step_forward", "forward_slot", "is_bound"]
+__all__ = ["attend", "bind", "bind_step_forward", "forward_slot", "is_bound", "rotates_in_kernel"]
 
 
 def attend(
@@ -33,10 +33,14 @@ def attend(
     key: Tensor,  # [T, H_kv, D]
     value: Tensor,  # [T, H_kv, D]
     scale: float,
+    rotary: tuple[Tensor, Tensor] | None = None,  # cos and sin, each [T, R]
 ) -> Tensor:
     """Stores the keys and values of layer `layer` and attends over the step's sequences.
 
     Under autocast the three are cast to its dtype first, as SDPA would; the cache keeps its own dtype.
+
+    Args:
+        rotary: queries and keys are still to be rotated by these, which `rotates_in_kernel` allowed.
 
     Returns:
         [1, T, H * D], ready for the output projection.
@@ -49,6 +53,11 @@ def attend(
     metadata = step.metadata
     if metadata.slot_mapping.device != device:
         metadata = _metadata_on(metadata, device)
+    if rotary is not None:
+        output = ops.rotary_paged_attention(
+            query, key, value, *rotary, k_cache, v_cache, metadata, scale=scale, backend=step.backend
+        )
+        return output.view(1, output.shape[0], -1)
     output = ops.paged_attention(
         query, key, value, k_cache, v_cache, metadata, scale=scale, backend=step.backend
     )
@@ -58,6 +67,16 @@ def attend(
             for index, last in step.recording.attention_of.items()
         }
     return output.view(1, output.shape[0], -1)
+
+
+def rotates_in_kernel(step: StepInputs, query: Tensor, key: Tensor) -> bool:
+    """Whether `attend` can rotate queries and keys itself. Under autocast upstream rotates in the wider dtype."""
+    return (
+        step.backend == "triton"
+        and step.recording is None
+        and query.dtype is key.dtype
+        and not torch.is_autocast_enabled(query.device.type)
+    )
 
 
 def _metadata_on(metadata: PagedMetadata, device: torch.device) -> PagedMetadata:

@@ -1,7 +1,9 @@
-"""Parts of a model by faster calls of torch, inside a step of ours only.
+"""Parts of a model by faster calls, inside a step of ours only.
 
     NewGELUActivation  seven element-wise kernels   -> gelu(approximate="tanh"), the same formula
     LlamaRMSNorm       six                          -> rms_norm
+    LlamaDecoderLayer  sum and norm after attention -> one launch, in steps of the Triton backend
+    LlamaMLP           activation and product       -> one launch, in steps of the Triton backend
     Linear, Conv1D     MKL's product                -> oneDNN's, where that is faster (`kernels.cpu_linear`)
 
 In float32 all agree with the original to rounding; in half precision they round once instead of at each
@@ -14,15 +16,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_paged.kernels import cpu_linear, cpu_norm
-from hf_paged.patches.attention import forward_slot
+from hf_paged.patches.attention import forward_slot, is_bound
 from hf_paged.patches.registry import class_reason, qualified_name
 from hf_paged.step import StepInputs
 
 __all__ = ["find_fused"]
+
+_LLAMA = "transformers.models.llama.modeling_llama"
+_RMS_NORM = f"{_LLAMA}.LlamaRMSNorm"
+_SILU = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+#: As `kernels.triton_checks.MAX_ROW`, which importing this file must not import.
+_MAX_ROW = 32768
 
 
 def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
@@ -45,15 +55,17 @@ def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
 
 
 def _guarded(
-    fused: Callable[[Any, Tensor], Tensor | None], known: Callable[..., Any], least: int
+    fused: Callable[..., Tensor | None], known: Callable[..., Any], least: int
 ) -> Callable[..., Any]:
-    def in_step(module: nn.Module, step: StepInputs, hidden_states: Tensor) -> Tensor:
+    def in_step(
+        module: nn.Module, step: StepInputs, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         forward = type(module).forward
-        if hidden_states.numel() >= least and forward is known:
-            output = fused(module, hidden_states)
+        if hidden_states.numel() >= least and forward is known and not args:
+            output = fused(module, step, hidden_states, **kwargs)
             if output is not None:
                 return output
-        return forward(module, hidden_states)
+        return forward(module, hidden_states, *args, **kwargs)
 
     return in_step
 
@@ -63,32 +75,87 @@ def _as_linear(weight: Tensor, name: str) -> Tensor:
     return weight.t() if name.endswith("Conv1D") else weight
 
 
-def _gelu_tanh(module: Any, hidden_states: Tensor) -> Tensor:
+def _gelu_tanh(module: Any, step: StepInputs, hidden_states: Tensor) -> Tensor:
     return F.gelu(hidden_states, approximate="tanh")
 
 
-def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor | None:
+def _rms_norm(module: Any, step: StepInputs, hidden_states: Tensor) -> Tensor | None:
     weight = module.weight
     if weight.dtype != hidden_states.dtype:
         return None  # the original promotes to the wider dtype
+    if _in_triton(step, hidden_states):
+        from hf_paged.kernels.triton_rms_norm import rms_norm
+
+        return rms_norm(_rows(hidden_states), weight, module.variance_epsilon)[0].view_as(hidden_states)
     if hidden_states.device.type == "cpu":
         return cpu_norm.rms_norm(hidden_states, weight, module.variance_epsilon)
     return F.rms_norm(hidden_states, weight.shape, weight, module.variance_epsilon)
 
 
-def _linear(module: Any, x: Tensor) -> Tensor | None:
+def _llama_layer(module: Any, step: StepInputs, hidden_states: Tensor, **kwargs: Any) -> Tensor | None:
+    norm = module.post_attention_layernorm
+    if not (_in_triton(step, hidden_states) and _is_plain(norm, _RMS_NORM)):
+        return None
+    if norm.weight.dtype != hidden_states.dtype:
+        return None
+    from hf_paged.kernels.triton_rms_norm import rms_norm
+
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+    if attended.dtype != hidden_states.dtype:  # autocast inside: the sum is of the wider dtype
+        total = hidden_states + attended
+        return total + module.mlp(norm(total))
+    rows = _rows(attended), norm.weight, norm.variance_epsilon, _rows(hidden_states)
+    normed, total = (part.view_as(hidden_states) for part in rms_norm(*rows))
+    return total + module.mlp(normed)
+
+
+def _llama_mlp(module: Any, step: StepInputs, x: Tensor) -> Tensor | None:
+    if not (_in_triton(step, x) and _is_plain(module.act_fn, *_SILU)):
+        return None
+    from hf_paged.kernels.triton_activation import silu_mul
+
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if gate.dtype != up.dtype or gate.dtype not in _FLOATS:
+        return module.down_proj(module.act_fn(gate) * up)
+    return module.down_proj(silu_mul(_rows(gate), _rows(up)).view_as(gate))
+
+
+def _in_triton(step: StepInputs | None, x: Tensor) -> bool:
+    """Whether this is for Triton's row-wise kernels, which hold a row in one program."""
+    return step is not None and step.backend == "triton" and x.dtype in _FLOATS and x.shape[-1] <= _MAX_ROW
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _is_plain(module: Any, *names: str) -> bool:
+    """Whether what `module` computes is known: its class, nothing of somebody else on the instance, no hooks."""
+    state = vars(module)
+    cls: Any = type(module)
+    name = qualified_name(cls)
+    if name not in names or "_hf_hook" in state:
+        return False
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return False
+    return class_reason(cls, cls.forward, name) is None and ("forward" not in state or is_bound(module))
+
+
+def _linear(module: Any, step: StepInputs, x: Tensor) -> Tensor | None:
     return cpu_linear.linear(x, module.weight, module.bias)
 
 
-def _conv1d(module: Any, x: Tensor) -> Tensor | None:
+def _conv1d(module: Any, step: StepInputs, x: Tensor) -> Tensor | None:
     return cpu_linear.linear(x, module.weight.t(), module.bias)
 
 
-_FUSED: dict[str, Callable[[Any, Tensor], Tensor | None]] = {
+_FUSED: dict[str, Callable[..., Tensor | None]] = {
     "transformers.activations.NewGELUActivation": _gelu_tanh,
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm": _rms_norm,
+    _RMS_NORM: _rms_norm,
+    f"{_LLAMA}.LlamaDecoderLayer": _llama_layer,
+    f"{_LLAMA}.LlamaMLP": _llama_mlp,
 }
-_PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor | None]] = {
+_PRODUCTS: dict[str, Callable[..., Tensor | None]] = {
     "torch.nn.modules.linear.Linear": _linear,
     "transformers.pytorch_utils.Conv1D": _conv1d,
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_paged.kernels import cpu_rope
-from hf_paged.patches.attention import attend
+from hf_paged.patches.attention import attend, rotates_in_kernel
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
@@ -37,8 +37,13 @@ def paged_forward(
     query = module.q_proj(hidden_states).view(by_head)
     key = module.k_proj(hidden_states).view(by_head)
     value = module.v_proj(hidden_states).view(by_head)
-    query, key = _rotated(query, key, *position_embeddings)
-    return module.o_proj(attend(step, layer, query[0], key[0], value[0], module.scaling)), None
+    rotary = None
+    if _ROTATES_ANY_LAYOUT and rotates_in_kernel(step, query, key):
+        cos, sin = position_embeddings
+        rotary = cos[0], sin[0]
+    else:
+        query, key = _rotated(query, key, *position_embeddings)
+    return module.o_proj(attend(step, layer, query[0], key[0], value[0], module.scaling, rotary)), None
 
 
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

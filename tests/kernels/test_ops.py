@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_paged.kernels import ops
 from tests.kernels.paged_case import make_case
@@ -80,12 +82,15 @@ def test_a_layer_unlike_the_one_before_is_checked_again():
 
 def test_triton_refuses_cpu_tensors(monkeypatch):
     pytest.importorskip("triton")
+    # Before the variable goes: kernels are defined for the interpreter or not, once for all tests of the process.
+    importlib.import_module("hf_paged.kernels.triton_backend")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="device cpu"):
         make_case([(1, 5)]).run("triton")
 
 
-def test_resolve_backend_on_the_cpu():
+def test_resolve_backend_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert ops.resolve_backend("cpu") == "cpu"
     assert ops.resolve_backend(torch.device("cpu"), "reference") == "reference"
     with pytest.raises(ValueError, match="backend='triton': cannot run on 'cpu'"):
@@ -106,3 +111,39 @@ def test_resolve_backend_without_the_package(monkeypatch):
         assert ops.resolve_backend("cuda") == "reference"
     with pytest.raises(ValueError, match="needs the package 'triton'"):
         ops.resolve_backend("cuda", "triton")
+
+
+def _angles(tokens: int, rotary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.rand(tokens, rotary // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 2) * 6
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("rotary", [32, 16])
+def test_rotary_attention_is_upstreams_rotation_then_attention(rotary):
+    case = make_case([(1, 5), (7, 20)], group=2)
+    cos, sin = _angles(case.query.shape[0], rotary)
+    plain = case.copy()
+    for name in ("query", "key"):
+        x = getattr(plain, name)
+        turned, _ = apply_rotary_pos_emb(x[..., :rotary], x[..., :rotary], cos, sin)
+        setattr(plain, name, torch.cat((turned, x[..., rotary:]), dim=-1))
+    expected = plain.run("reference")
+    tensors = (case.query, case.key, case.value, cos, sin, case.k_cache, case.v_cache, case.metadata())
+    actual = ops.rotary_paged_attention(*tensors, scale=32**-0.5, backend="reference")
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.k_cache, plain.k_cache, atol=1e-6, rtol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "backend, rotary, tokens, message",
+    [
+        ("cpu", 32, 5, "backend='cpu'; must be 'reference' or 'triton'"),
+        ("reference", 34, 5, "34 rotated elements; must be even and at most the head size 32"),
+        ("reference", 32, 4, "both must be"),
+    ],
+)
+def test_bad_rotary_arguments_are_named(backend, rotary, tokens, message):
+    case = make_case([(5, 5)])
+    tensors = (case.query, case.key, case.value, *_angles(tokens, rotary), case.k_cache, case.v_cache)
+    with pytest.raises(ValueError, match=message):
+        ops.rotary_paged_attention(*tensors, case.metadata(), scale=1.0, backend=backend)
