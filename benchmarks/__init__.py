@@ -1,0 +1,1 @@
+"""Benchmarks. Most files here are scripts of their own; `benchmarks.gpu` is a package with one command."""
