@@ -22,6 +22,7 @@ from hf_paged.kernels.triton_paged_decode import paged_decode
 from hf_paged.kernels.triton_paged_prefill import paged_prefill
 from hf_paged.kernels.triton_rms_norm import rms_norm
 from hf_paged.kernels.triton_sample import Penalties, sample
+from hf_paged.kernels.triton_seeded_uniform import seeded_uniform
 from hf_paged.kernels.triton_store_kv import store_kv
 from hf_paged.kernels.triton_store_kv_rope import store_kv_rope
 
@@ -169,6 +170,10 @@ def _lora(width: int, columns: int, dtype: torch.dtype, adapters: torch.dtype, r
     lora_add_table_(_meta(64, columns, dtype=dtype), _meta(64, width, dtype=dtype), table)
 
 
+def _seeded_uniform(vocab: int) -> None:
+    seeded_uniform(torch.empty(64, 4, dtype=torch.int64, device="meta"), vocab)
+
+
 def _sample(vocab: int, everything: bool) -> None:
     rows = 32
     row, longs = _meta(rows, dtype=torch.float32), _meta(rows, dtype=torch.int64)
@@ -217,6 +222,7 @@ def _all_cases() -> dict[str, Callable[[], None]]:
         cases[f"lora/4096-4096/{name}-rank-64"] = functools.partial(_lora, 4096, 4096, _BF16, _BF16, rows, 64)
         cases[f"lora/4096-4096/{name}-rank-4"] = functools.partial(_lora, 4096, 4096, _BF16, _BF16, rows, 4)
     for vocab in (50257, 128256):
+        cases[f"seeded_uniform/{vocab}"] = functools.partial(_seeded_uniform, vocab)
         cases[f"sample/{vocab}/plain"] = functools.partial(_sample, vocab, False)
         cases[f"sample/{vocab}/everything"] = functools.partial(_sample, vocab, True)
     return cases

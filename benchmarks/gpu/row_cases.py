@@ -14,6 +14,7 @@ from benchmarks.gpu.results import Row
 from hf_paged.kernels.triton_activation import gelu, silu_mul
 from hf_paged.kernels.triton_rms_norm import rms_norm
 from hf_paged.kernels.triton_sample import sample
+from hf_paged.kernels.triton_seeded_uniform import seeded_uniform
 
 
 def row_cases(bench: Bench) -> Iterator[Case]:
@@ -25,6 +26,7 @@ def row_cases(bench: Bench) -> Iterator[Case]:
             yield Case(name, functools.partial(_beside_torch, bench, make, rows, width))
     for rows, vocab in [(2, 40)] if bench.tiny else [(256, 128256), (1, 128256), (64, 50257)]:
         yield Case(f"sample {rows}x{vocab}", functools.partial(_sample, bench, rows, vocab))
+        yield Case(f"seeded_uniform {rows}x{vocab}", functools.partial(_seeded_uniform, bench, rows, vocab))
 
 
 #: (ours, torch's, bytes that must move)
@@ -61,6 +63,17 @@ def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> _Pair:
 def _gelu(x: torch.Tensor, _: torch.Tensor) -> _Pair:
     moved = 2 * x.numel() * x.element_size()
     return lambda: gelu(x, "tanh"), lambda: F.gelu(x, approximate="tanh"), moved
+
+
+def _seeded_uniform(bench: Bench, rows: int, vocab: int) -> Row:
+    places = torch.arange(4 * rows, device=bench.device).view(rows, 4)
+    out = torch.empty(rows, vocab, device=bench.device)
+    seconds = seconds_of(lambda: seeded_uniform(places, vocab), bench.device)
+    return {
+        "us": 1e6 * seconds,
+        "gb_per_s": 4 * rows * vocab / seconds / 1e9,
+        "torch_us": 1e6 * seconds_of(lambda: out.exponential_(), bench.device, graph=False),
+    }
 
 
 def _sample(bench: Bench, rows: int, vocab: int) -> Row:

@@ -12,12 +12,16 @@ row of a call: the draw of step t picks the (t + 1)-th generated token.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+#: Half of the distance of two uniforms, and the least that one may be once it is negated: both exact in float32.
+_HALF_STEP, _LEAST = 2.0**-33, 2.0**-24 - 1
 
 
 class Draws(Protocol):
@@ -191,11 +195,19 @@ class SeededDraws:
     def exponential(
         self, rows: list[int], t: int, vocab: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:  # [len(rows), vocab]
+        if makes_on_device(device):
+            return seeded_exponential([(self, row, t) for row in rows], vocab, dtype, device)
         variates = np.empty((len(rows), vocab), dtype=np.float32)
         for out, row in zip(variates, rows, strict=True):
-            words = np.random.Philox(key=self._key, counter=[0, t, row, 0]).random_raw((vocab + 1) // 2)
+            # As uint64: of a list with a word from 2**63 on numpy makes floats, which name fewer streams.
+            key, counter = (np.array(words, np.uint64) for words in (self._key, [0, t, row, 0]))
+            words = np.random.Philox(key=key, counter=counter).random_raw((vocab + 1) // 2)
             _exponential_of_bits(words.astype("<u8", copy=False).view("<u4")[:vocab], out)
         return torch.from_numpy(variates).to(device=device, dtype=dtype)
+
+    def place(self, row: int, t: int) -> list[int]:
+        """Key, step and row as the kernel takes them: words of 64 bits as signed numbers."""
+        return [word - 2**64 if word >= 2**63 else word for word in (*self._key, t, row)]
 
     #: A stream that is counted may be looked at as often as one likes.
     peek = exponential
@@ -205,6 +217,25 @@ class SeededDraws:
 
     def finish(self, num_steps: int) -> None:
         pass
+
+
+def makes_on_device(device: torch.device) -> bool:
+    """Whether variates of seeded streams are made there: 128,000 a row would keep the host from all else."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def seeded_exponential(
+    places: list[tuple[SeededDraws, int, int]], vocab: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:  # [len(places), vocab]
+    """The variates of (draws, row, step) each, made on `device` in one go.
+
+    Their uniforms are bit for bit those made on the host; logarithms may differ in the last place.
+    """
+    from hf_paged.kernels.triton_seeded_uniform import seeded_uniform
+
+    rows = torch.tensor([draws.place(row, t) for draws, row, t in places], dtype=torch.int64)
+    uniform = seeded_uniform(rows.to(device), vocab)
+    return uniform.neg_().sub_(_HALF_STEP).clamp_(min=_LEAST).log1p_().neg_().to(dtype)
 
 
 class PeekedDraws:
@@ -255,8 +286,8 @@ def _exponential_of_bits(bits: np.ndarray, out: np.ndarray) -> None:
     differ.
     """
     np.multiply(bits, np.float32(-(2.0**-32)), out=out, dtype=np.float32, casting="unsafe")
-    out -= np.float32(2.0**-33)
+    out -= np.float32(_HALF_STEP)
     # Uniforms are negated here; -1 would give infinity, which divides every probability to the same 0.
-    np.maximum(out, np.float32(2.0**-24 - 1), out=out)
+    np.maximum(out, np.float32(_LEAST), out=out)
     np.log1p(out, out=out)
     np.negative(out, out=out)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_paged.engine import processors as rules
 from hf_paged.engine import stopping
-from hf_paged.engine.draws import multinomial_error
+from hf_paged.engine.draws import SeededDraws, makes_on_device, multinomial_error, seeded_exponential
 from hf_paged.engine.processor_rules import Line
 from hf_paged.engine.request import Call, FinishReason, Sequence
 from hf_paged.engine.sampling import SamplingSpec, TokenLogprobs
@@ -171,8 +171,11 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     for i, bad in enumerate(torch.isnan(probs[:, 0]).tolist()):
         if bad:
             errors.setdefault(sequences[i].call, multinomial_error(probs[i]))
+    seeded = _seeded_on_device(probs, sequences, errors)
     asking: dict[tuple[Call, int], list[int]] = {}
     for i, sequence in enumerate(sequences):
+        if i in seeded:
+            continue
         asking.setdefault((sequence.call, sequence.num_generated), []).append(i)
     for (call, t), indices in asking.items():
         if call in errors:
@@ -184,6 +187,25 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
         for i, row in zip(indices, variates, strict=True):
             probs[i] /= row
     return probs
+
+
+def _seeded_on_device(
+    probs: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]
+) -> set[int]:
+    """Divides the rows of seeded calls by variates made on the device, of all calls at once; which rows these are."""
+    if not makes_on_device(probs.device):
+        return set()
+    rows = [
+        i
+        for i, s in enumerate(sequences)
+        if isinstance(s.call.sampling.draws, SeededDraws) and s.call not in errors
+    ]
+    if rows:
+        places = [
+            (sequences[i].call.sampling.draws, sequences[i].row, sequences[i].num_generated) for i in rows
+        ]
+        probs[rows] /= seeded_exponential(places, probs.shape[1], probs.dtype, probs.device)
+    return set(rows)
 
 
 def _line(sequence: Sequence) -> Line:

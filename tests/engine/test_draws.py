@@ -116,7 +116,8 @@ def test_seeded_streams_depend_on_nothing_else() -> None:
     alone = ask(SeededDraws(7, index=3), [2], 5)
     together = ask(SeededDraws(7, index=3), [4, 2, 0], 5)
     assert torch.equal(alone[0], together[1])
-    others = [SeededDraws(8, 3), SeededDraws(7, 4)]
+    # The last two have words from 2**63 on.
+    others = [SeededDraws(8, 3), SeededDraws(7, 4), SeededDraws(-5, 3), SeededDraws(-6, 3)]
     distinct = [alone, together[:1], ask(SeededDraws(7, 3), [2], 6), *(ask(d, [2], 5) for d in others)]
     assert len({tuple(x.flatten().tolist()) for x in distinct}) == len(distinct)
 
