@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from hf_paged.kernels.metadata import PagedMetadata
 
 
+#: Runs the model on the inputs of a step: logits [R, V].
+Forward = Callable[[], "Tensor"]
+
+
 @dataclass
 class StepPlan:
     """What one step computes. Sequences with one new token come first (`num_decodes` of them)."""
@@ -101,6 +105,8 @@ class StepInputs:
     #: (first place among the T tokens, rows [n, E]): embeddings that stand in for ids there.
     embeds: list[tuple[int, Tensor]] = field(default_factory=list)
     recording: StepRecording | None = None  # None: nothing but logits is wanted
+    #: Runs the forward in its own way (as a captured graph) and gives the logits of the step; None: it is just run.
+    around: Callable[[Forward], Tensor] | None = None
 
 
 class _Active(threading.local):

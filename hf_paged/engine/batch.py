@@ -19,7 +19,7 @@ _FEW = 8
 
 
 @dataclass
-class _Arrays:
+class StepArrays:
     """The numbers of a step on the host. Shapes and dtypes are those of `PagedMetadata` and `StepInputs`."""
 
     ids: np.ndarray
@@ -45,8 +45,7 @@ def build(
 
     The arrays are filled on the host and cross to the device once each.
     """
-    is_small = plan.num_decodes == len(plan.sequences) <= _FEW
-    arrays = _few_decodes(plan, block_size) if is_small else _ragged(plan, block_size)
+    arrays = pack(plan, block_size)
 
     def move(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -75,6 +74,12 @@ def build(
     )
 
 
+def pack(plan: StepPlan, block_size: int) -> StepArrays:
+    """The numbers of the step, packed without padding."""
+    is_small = plan.num_decodes == len(plan.sequences) <= _FEW
+    return _few_decodes(plan, block_size) if is_small else _ragged(plan, block_size)
+
+
 def _embeds(plan: StepPlan) -> list[tuple[int, Tensor]]:
     """First place among the tokens of the step, and the rows [n, E] that stand in for the ids from there on."""
     found: list[tuple[int, Tensor]] = []
@@ -86,7 +91,7 @@ def _embeds(plan: StepPlan) -> list[tuple[int, Tensor]]:
     return found
 
 
-def _few_decodes(plan: StepPlan, block_size: int) -> _Arrays:
+def _few_decodes(plan: StepPlan, block_size: int) -> StepArrays:
     """Of a step in which each of a few sequences has one new token: no drafts, no chunks of prompts."""
     sequences = plan.sequences
     positions = [s.num_computed for s in sequences]
@@ -98,7 +103,7 @@ def _few_decodes(plan: StepPlan, block_size: int) -> _Arrays:
     ]
     count = len(sequences)
     packed = np.array(longs, np.int64).reshape(3, count)
-    return _Arrays(
+    return StepArrays(
         ids=packed[0],
         positions=packed[1],
         slots=packed[2],
@@ -109,7 +114,7 @@ def _few_decodes(plan: StepPlan, block_size: int) -> _Arrays:
     )
 
 
-def _ragged(plan: StepPlan, block_size: int) -> _Arrays:
+def _ragged(plan: StepPlan, block_size: int) -> StepArrays:
     """Of any step."""
     sequences, counts = plan.sequences, plan.num_scheduled_tokens
     computed = np.fromiter((s.num_computed for s in sequences), np.int64, len(sequences))
@@ -124,7 +129,7 @@ def _ragged(plan: StepPlan, block_size: int) -> _Arrays:
         rows = np.repeat(np.arange(len(sequences)), query_lens)
         positions = computed[rows] + np.arange(starts[-1]) - starts[rows]
     slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    return _Arrays(
+    return StepArrays(
         ids=_token_ids(plan, starts),
         positions=positions,
         slots=slots,

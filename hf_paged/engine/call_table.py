@@ -92,6 +92,7 @@ class CallTable:
         except Exception as error:
             self._end(call, error)
             return
+        runtime.look_again()
         self.calls[call] = None
         self.counters.requests += len(call.sequences)
         self.counters.prompt_tokens += sum(s.prompt_len for s in call.sequences)

@@ -102,6 +102,7 @@ class StepLoop(CallTable):
         """Fails the calls whose weights changed since they began: their KV belongs to no state of the model."""
         stale = dict.fromkeys(s.call for s in self.guard.changed(self.model, plan.sequences))
         if stale:
+            runtime.look_again()
             # One error each: a traceback grows where it is raised.
             for call in stale:
                 error = WeightsChangedError(
@@ -116,17 +117,22 @@ class StepLoop(CallTable):
         write_given(plan.sequences, runtime.cache)
         if plan.block_copies:
             runtime.cache.copy_blocks(plan.block_copies, runtime.backend)
-        inputs = batch.build(
-            plan,
-            block_size=runtime.manager.block_size,
-            owner=self.patch.owner,
-            backend=runtime.backend,
-            device=runtime.device,
-            kv_layer=runtime.cache.layer,
-            deterministic=self.config.deterministic,
-        )
-        inputs.recording = recording
-        return runtime.runner.forward(self.model, inputs, plan.sequences[0].call.ambient)
+        model, ambient, owner = self.model, plan.sequences[0].call.ambient, self.patch.owner
+        inputs = None
+        if runtime.graphs is not None and recording is None:
+            inputs = runtime.graphs.inputs(plan, model, owner, ambient)
+        if inputs is None:
+            inputs = batch.build(
+                plan,
+                block_size=runtime.manager.block_size,
+                owner=owner,
+                backend=runtime.backend,
+                device=runtime.device,
+                kv_layer=runtime.cache.layer,
+                deterministic=self.config.deterministic,
+            )
+            inputs.recording = recording
+        return runtime.runner.forward(model, inputs, ambient)
 
     def _sample(self, runtime: Runtime, plan: StepPlan, logits: Tensor) -> None:
         """A next token for each sequence that reached its last one, and for those forked from it just now."""

@@ -24,7 +24,12 @@ class ModelRunner:
             self._mask = torch.ones(1, 1, 1, 1, device=device)
 
     def forward(self, model: nn.Module, inputs: StepInputs, ambient: Ambient) -> Tensor:
-        """Logits [R, V] of the rows in `inputs.logits_indices`, in the model's dtype."""
+        """Logits [R, V] of the rows in `inputs.logits_indices`, less padding, in the model's dtype."""
+        if inputs.around is None:
+            return self._call(model, inputs, ambient)
+        return inputs.around(lambda: self._call(model, inputs, ambient))
+
+    def _call(self, model: nn.Module, inputs: StepInputs, ambient: Ambient) -> Tensor:
         recording = inputs.recording
         wanted = (
             {} if recording is None or not recording.wants_hidden_states else {"output_hidden_states": True}

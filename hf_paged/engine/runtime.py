@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_paged.config import PagedConfig
 from hf_paged.engine.block_manager import BlockManager
+from hf_paged.engine.graphs import make_graphs
 from hf_paged.engine.kv_cache import KVCache, LayerSpec
 from hf_paged.engine.memory import default_kv_budget
 from hf_paged.engine.model_runner import ModelRunner
@@ -23,6 +24,8 @@ from hf_paged.kernels.ops import resolve_backend
 _DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 #: The pool may hold this much beyond twice its peak use before cached prefixes are evicted.
 _SLACK_BYTES = 48 * 2**20
+#: On a GPU it may hold this part of its budget.
+_DEVICE_SLACK = 4
 
 
 class Runtime:
@@ -46,12 +49,16 @@ class Runtime:
                 f"kv_cache_memory={config.kv_cache_memory!r}: one block of {config.block_size} tokens takes "
                 f"{self.cache.bytes_per_block} bytes"
             )
+        slack = _SLACK_BYTES // self.cache.bytes_per_block
+        if self.device.type != "cpu":
+            # There a pool that shrinks is copied, and what is captured of it is lost.
+            slack = max(slack, self.cache.max_blocks // _DEVICE_SLACK)
         self.manager = BlockManager(
             config.block_size,
             self.cache.max_blocks,
             self.cache.grow,
             prefix_caching=config.prefix_caching,
-            slack_blocks=_SLACK_BYTES // self.cache.bytes_per_block,
+            slack_blocks=slack,
         )
         self.scheduler = Scheduler(
             self.manager,
@@ -61,9 +68,15 @@ class Runtime:
         )
         self.sampler = Sampler(_argmax_for(self.device, self.backend), apart=config.deterministic)
         self.runner = ModelRunner(self.device)
+        self.graphs = make_graphs(config, self.device, self.backend, self.cache)
         self._cpu_kernels = _CpuKernels({g.dtype for g in geometry}) if self.backend == "cpu" else None
         if config.deterministic and self._cpu_kernels is not None:
             self._cpu_kernels.load_now()  # torch's paths until then would give other bits
+
+    def look_again(self) -> None:
+        """Weights may lie elsewhere than at the last step: a call came, or they changed under one."""
+        if self.graphs is not None:
+            self.graphs.look_again()
 
     def stepped(self) -> None:
         """After each step: a call that has run for a while is worth loading faster kernels beside it."""
@@ -73,6 +86,8 @@ class Runtime:
     def went_idle(self) -> None:
         """Nothing is left to run."""
         self.trim()
+        if self.graphs is not None:
+            self.graphs.went_idle()
         self.manager.max_blocks = self.cache.max_blocks  # memory that was refused may be there next time
         if self._cpu_kernels is not None:
             self._cpu_kernels.load()
@@ -89,6 +104,8 @@ class Runtime:
 
     def close(self) -> None:
         """Gives all KV memory back; no thread is left."""
+        if self.graphs is not None:
+            self.graphs.drop()
         self.cache.close()
         if self._cpu_kernels is not None:
             self._cpu_kernels.close()

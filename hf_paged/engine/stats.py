@@ -40,6 +40,8 @@ class EngineStats:
     mean_running: float = 0.0  # sequences in a step, mean over steps
     drafted_tokens: int = 0  # by prompt lookup or an assistant model, and computed
     accepted_tokens: int = 0  # drafted tokens that were right
+    graph_captures: int = 0  # decode steps captured as CUDA graphs, since memory was last released
+    graph_replays: int = 0  # steps that were a replay of one
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,4 +140,7 @@ def snapshot(counters: Counters, runtime: Runtime | None) -> EngineStats:
         stats.kv_blocks_total, stats.kv_blocks_used = manager.num_blocks, manager.num_used
         stats.kv_blocks_cached, stats.kv_blocks_free = manager.num_cached, manager.num_free
         stats.kv_bytes = runtime.cache.held_bytes
+        if runtime.graphs is not None:
+            stats.graph_captures = runtime.graphs.num_captures
+            stats.graph_replays = runtime.graphs.num_replays
     return stats

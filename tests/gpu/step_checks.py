@@ -5,18 +5,25 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
+import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 import hf_paged
+from hf_paged.errors import RequestCancelledError
 from hf_paged.kernels import triton_activation, triton_backend, triton_launch, triton_rms_norm  # noqa: F401
-from tests.helpers import assert_same_tokens, left_pad, native_calls, random_prompts
+from tests.helpers import assert_same_tokens, left_pad, make_model, native_calls, random_prompts
+from tests.integrations import peft_models
 from tests.kernels.triton_support import DEVICE
+from tests.parity.test_half_precision import engine_logits
 
 _ATTENTION = {"paged_decode_kernel", "paged_prefill_kernel"}
 #: Kernels that greedy steps of a family launch.
@@ -72,5 +79,141 @@ def greedy(model: Any, prompts: list[list[int]], new: int, **options: Any) -> li
     return [r.token_ids for r in results]
 
 
-def to_device(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    return model.to(DEVICE, dtype)
+def one_by_one(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """The same by plain `generate`."""
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=DEVICE)
+        output = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        rows.append(output[0, len(prompt) :].tolist())
+    return rows
+
+
+def check_low_precision(low: Any, texts: list[list[int]], prompt_len: int) -> None:
+    """Logits in 16 bits are as near to those in float32 as upstream's own, at prompts and at decode steps."""
+    exact = copy.deepcopy(low).float()
+    ids = torch.tensor(texts, device=DEVICE)
+    kept = slice(prompt_len - 1, len(texts[0]) - 1)
+    with torch.no_grad():
+        truth = exact(input_ids=ids).logits[:, kept]
+        upstream = low(input_ids=ids).logits[:, kept].float()
+    ours = engine_logits(low, texts, prompt_len, backend="triton")
+    error, allowed = (ours - truth).pow(2).mean().sqrt(), (upstream - truth).pow(2).mean().sqrt()
+    assert allowed > 0
+    assert error <= 2 * allowed, f"root mean square error {error:.2e}, upstream's {allowed:.2e}"
+
+
+def check_replays(model: Any, lengths: list[int], new: int) -> None:
+    """With graphs and without, the same tokens, for lengths in another order and for weights that were edited."""
+    model.generation_config.eos_token_id = None
+    prompts = random_prompts(lengths)
+    with hf_paged.enabled(model, backend="triton") as model:
+        for turn in range(3):
+            order = prompts[turn:] + prompts[:turn]
+            with native_calls(model, len(order)):
+                ours = greedy(model, order, new)
+            with hf_paged.paused(model), torch.no_grad():
+                assert ours == plain_greedy(model, order, new), f"turn {turn}"
+                for parameter in model.parameters():
+                    parameter.mul_(0.9)
+        stats = hf_paged.stats(model)
+        if DEVICE.type == "cuda":
+            assert stats.graph_captures == 1, "in-place edits and other lengths need no new graph"
+            assert stats.graph_replays == 3 * (new - 1) - 1
+        with hf_paged.paused(model), torch.no_grad():
+            weight = next(p for p in model.parameters() if p.dim() == 2)
+            weight.data = weight.data.clone()
+            del weight
+        greedy(model, prompts, new)
+        if DEVICE.type == "cuda":
+            assert hf_paged.stats(model).graph_captures == 2, "a tensor that moved"
+
+
+def plain_greedy(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """By the model's own forward over the whole text each time: what it computes outside of steps."""
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=DEVICE)
+        for _ in range(new):
+            ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+        rows.append(ids[0, len(prompt) :].tolist())
+    return rows
+
+
+def check_preemption(model: Any, lengths: list[int], new: int, blocks: int) -> None:
+    """A pool of too few blocks of 4 tokens: sequences are computed again, and come out the same."""
+    model.generation_config.eos_token_id = None
+    prompts = random_prompts(lengths)
+    expected = one_by_one(model, prompts, new)
+    config = model.config
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = config.hidden_size // config.num_attention_heads
+    block_bytes = 4 * 2 * kv_heads * head_size * config.num_hidden_layers * model.dtype.itemsize
+    options = {"block_size": 4, "kv_cache_memory": blocks * block_bytes, "backend": "triton"}
+    with hf_paged.enabled(model, **options), native_calls(model, len(prompts)):
+        assert greedy(model, prompts, new) == expected
+        assert hf_paged.stats(model).preemptions > 0
+
+
+def check_adapters(family: str, model: Any, lengths: list[int], new: int) -> None:
+    """Rows of two adapters and of none in one batch are what each is alone."""
+    model.generation_config.eos_token_id = None
+    wrapped = peft.get_peft_model(model, peft_models.config(family), adapter_name="first").to(DEVICE)
+    wrapped.add_adapter("second", peft_models.config(family))
+    wrapped.to(DEVICE).eval()
+    prompts = random_prompts(lengths)
+    names = [("first", "second")[i % 2] for i in range(len(prompts))]
+    expected = []
+    for prompt, name in zip(prompts, names, strict=True):
+        wrapped.set_adapter(name)
+        expected += one_by_one(wrapped, [prompt], new)
+    with hf_paged.enabled(wrapped, backend="triton"), native_calls(wrapped, len(prompts)):
+        assert greedy(wrapped, prompts, new, adapters=names) == expected
+
+
+def check_soak(model: Any, rounds: int, requests: int, new: int) -> None:
+    """Rounds of ragged requests, a third of them cancelled; afterwards nothing is held and memory is as it was."""
+    model.generation_config.eos_token_id = None
+    source = random.Random(0)
+    held = []
+    with hf_paged.enabled(model, backend="triton", block_size=8) as model:
+        client = hf_paged.engine(model)
+        for _ in range(rounds):
+            lengths = [source.randrange(1, 40) for _ in range(requests)]
+            handles = [
+                client.submit(
+                    prompt, max_new_tokens=source.randrange(1, new), do_sample=False, eos_token_id=None
+                )
+                for prompt in random_prompts(lengths, seed=source.randrange(1000))
+            ]
+            for handle in source.sample(handles, requests // 3):
+                handle.cancel()
+            cancelled = 0
+            for handle in handles:
+                try:
+                    assert handle.result(timeout=120).finish_reason == "length"
+                except RequestCancelledError:
+                    cancelled += 1
+            assert cancelled <= requests // 3
+            hf_paged.release_memory(model)
+            assert hf_paged.stats(model).kv_blocks_used == 0
+            gc.collect()
+            held.append(torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0)
+    assert held[-1] <= held[min(1, len(held) - 1)] + 2**20, f"allocated after each round: {held}"
+
+
+def check_move(family: str, new: int, **shape: Any) -> None:
+    """A model enabled on the CPU and moved afterwards runs where it is now, in the dtype it has now."""
+    model = make_model(family, **shape)
+    model.generation_config.eos_token_id = None
+    prompts = random_prompts([5, 3])
+    with hf_paged.enabled(model) as model:
+        greedy(model, prompts, 2)
+        model.to(DEVICE)
+        with native_calls(model, 2):
+            ours = greedy(model, prompts, new)
+        with hf_paged.paused(model), torch.no_grad():
+            assert ours == plain_greedy(model, prompts, new)
+        model.half()
+        with native_calls(model, 2):
+            greedy(model, prompts, new)

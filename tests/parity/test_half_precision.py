@@ -30,10 +30,10 @@ class TeacherForcing:
         return [FinishReason.LENGTH if s.num_generated >= s.max_new_tokens else None for s in sequences]
 
 
-def engine_logits(model, texts, prompt_len):
+def engine_logits(model, texts, prompt_len, **options):
     """Logits [rows, positions, V] after prompt_len..n-1 tokens: the first from a prompt, the others from
     decode steps."""
-    with hf_paged.enabled(model, block_size=4, max_num_batched_tokens=24, max_num_seqs=16):
+    with hf_paged.enabled(model, block_size=4, max_num_batched_tokens=24, max_num_seqs=16, **options):
         engine = registry.get(model)
         teacher = engine._loop.ready().sampler = TeacherForcing(texts, prompt_len)
         call = Call(sampling=None, ambient=engine.ambient())

@@ -45,3 +45,23 @@ def test_autocast_rounds_where_upstream_does() -> None:
         with hf_paged.enabled(model, backend="triton"), native_calls(model):
             actual = model.generate(**batch, max_new_tokens=2, do_sample=False, eos_token_id=None)
     assert_same_tokens(actual, expected)
+
+
+def test_the_gpu_suites_checks_start_here() -> None:
+    llama = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    llama |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    step_checks.check_low_precision(
+        make_model("llama", dtype=torch.float16, **llama), random_prompts([6] * 2), 5
+    )
+    step_checks.check_replays(make_model("llama", **llama), [3, 2, 5], 2)
+    step_checks.check_preemption(make_model("llama", **llama), [4, 4], 6, 4)
+    step_checks.check_adapters("llama", make_model("llama", **llama), [3, 5], 2)
+    step_checks.check_soak(make_model("llama", **llama), 1, 3, 3)
+    step_checks.check_move("llama", 2, **llama)
+
+
+def test_every_check_of_the_gpu_suite_is_started_here() -> None:
+    """A check that no test here calls would first run on the day a GPU is there."""
+    checks = {name for name in vars(step_checks) if name.startswith("check_")}
+    called = set(test_the_gpu_suites_checks_start_here.__code__.co_names)
+    assert checks - called == {"check_parity"}  # each family has a test of its own
