@@ -8,6 +8,7 @@ compiled a second time to run on several threads. The type of a *tag* says what 
     float32   a float32 number
     uint16    the upper half of one: bfloat16
     int16     float16
+    int8      an integer which a scale elsewhere multiplies (`hf_paged.kernels.quantised`)
 
 All arithmetic is in float32.
 """
@@ -35,7 +36,12 @@ __all__ = ["FASTMATH", "Kernel", "dtype_tag", "entry", "helper", "kernel_by_dtyp
 #: Sums may be reordered, which is what lets loops use vectors. NaN and infinity keep their meaning.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
-_TAGS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
+_TAGS = {
+    torch.float32: np.float32(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.int8: np.int8(0),
+}
 
 
 def helper(**options: Any) -> Callable[[Callable], Callable]:

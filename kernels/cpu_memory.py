@@ -17,6 +17,9 @@ __all__ = [
     "copy_bits",
     "exp",
     "float_argument",
+    "float_bits",
+    "float_from_bits",
+    "has_scales",
     "item_bytes",
     "load",
     "load_f32",
@@ -26,6 +29,7 @@ __all__ = [
     "store",
     "store_f32",
     "store_i64",
+    "store_integer",
 ]
 
 
@@ -34,7 +38,8 @@ def _pointer(builder: Any, address: Any, index: Any, element: ir.Type) -> Any:
 
 
 _F32, _F16 = ir.FloatType(), ir.HalfType()
-_I64, _I32, _I16 = ir.IntType(64), ir.IntType(32), ir.IntType(16)
+_I64, _I32, _I16, _I8 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+_BYTES = {types.float32: 4, types.uint16: 2, types.int16: 2, types.int8: 1}
 
 
 @intrinsic
@@ -45,6 +50,8 @@ def load(typing_context, address, index, tag):
         address, index, _tag = args
         if tag == types.float32:
             return builder.load(_pointer(builder, address, index, _F32), align=4)
+        if tag == types.int8:
+            return builder.sitofp(builder.load(_pointer(builder, address, index, _I8), align=1), _F32)
         bits = builder.load(_pointer(builder, address, index, _I16), align=2)
         if tag == types.int16:
             return builder.fpext(builder.bitcast(bits, _F16), _F32)
@@ -80,8 +87,29 @@ def store(typing_context, address, index, number, tag):
 @intrinsic
 def item_bytes(typing_context, tag):
     """Bytes of one number."""
-    size = 4 if tag == types.float32 else 2
-    return types.int64(tag), lambda context, builder, signature, args: ir.IntType(64)(size)
+    size = _BYTES[tag]
+    return types.int64(tag), lambda context, builder, signature, args: _I64(size)
+
+
+@intrinsic
+def has_scales(typing_context, tag):
+    """Whether numbers of this kind come with scales: a constant, so that a kernel holds one of two branches."""
+    is_int8 = tag == types.int8
+    return types.boolean(tag), lambda context, builder, signature, args: ir.IntType(1)(int(is_int8))
+
+
+@intrinsic
+def store_integer(typing_context, address, index, number):
+    """Writes the float32 `number`, between -127 and 127, to `address[index]` as int8: to the nearest, ties to even."""
+
+    def generate(context, builder, signature, args):
+        address, index, number = args
+        # Where float32 numbers are integers apart, the last bits of the sum are those of the rounded number.
+        shifted = builder.bitcast(builder.fadd(number, _F32(12582912.0)), _I32)
+        builder.store(builder.trunc(shifted, _I8), _pointer(builder, address, index, _I8), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
 
 
 @intrinsic
@@ -90,9 +118,9 @@ def copy_bits(typing_context, source, target, index, tag):
 
     def generate(context, builder, signature, args):
         source, target, index, _tag = args
-        element, align = (_F32, 4) if tag == types.float32 else (_I16, 2)
-        bits = builder.load(_pointer(builder, source, index, element), align=align)
-        builder.store(bits, _pointer(builder, target, index, element), align=align)
+        size = _BYTES[tag]
+        bits = builder.load(_pointer(builder, source, index, ir.IntType(8 * size)), align=size)
+        builder.store(bits, _pointer(builder, target, index, ir.IntType(8 * size)), align=size)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, tag), generate
@@ -172,7 +200,8 @@ def float_bits(typing_context, number):
 
 
 @intrinsic
-def _float_from_bits(typing_context, bits):
+def float_from_bits(typing_context, bits):
+    """The float32 of 32 bits."""
     return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
         args[0], _F32
     )
@@ -195,7 +224,7 @@ def exp(x):
     y = y * r + np.float32(2.4022651e-1)
     y = y * r + np.float32(6.9314718e-1)
     y = y * r + np.float32(1.0)
-    return y * _float_from_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return y * float_from_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
 @helper(inline="always")

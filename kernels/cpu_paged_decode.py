@@ -21,6 +21,7 @@ from hf_paged.kernels.cpu_jit import FASTMATH, entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import (
     argument,
     float_argument,
+    has_scales,
     item_bytes,
     load,
     load_i32,
@@ -28,6 +29,7 @@ from hf_paged.kernels.cpu_memory import (
     store_f32,
     store_i64,
 )
+from hf_paged.kernels.cpu_quantise import scale_scores
 from hf_paged.kernels.cpu_row_attention import (
     CHUNK,
     RowShape,
@@ -38,7 +40,7 @@ from hf_paged.kernels.cpu_row_attention import (
     merge,
     weigh,
 )
-from hf_paged.kernels.cpu_store_kv import store_token
+from hf_paged.kernels.cpu_store_kv import new_token_bytes, store_token
 
 __all__ = ["TILE", "attend_bin", "attend_whole_rows", "finish_cut_rows", "scratch_size"]
 
@@ -47,7 +49,7 @@ TILE = 16
 
 
 class _Layer(NamedTuple):
-    """Addresses and strides (in numbers) of one layer's tensors: the first twelve arguments."""
+    """Addresses and strides (in numbers) of one layer's tensors: the first twelve arguments and the last two."""
 
     query: int  # [T, H, D]
     query_stride: int
@@ -61,6 +63,8 @@ class _Layer(NamedTuple):
     output: int  # [T, H, D] contiguous
     k_cache: int  # [N, B, H_kv, D]
     v_cache: int
+    k_scales: int  # [N, B, H_kv] float32 of an int8 cache, else 0
+    v_scales: int
 
 
 class _Rows(NamedTuple):
@@ -83,6 +87,7 @@ def _layer(arguments):
         argument(arguments, 0), argument(arguments, 1), argument(arguments, 2), argument(arguments, 3),
         argument(arguments, 4), argument(arguments, 5), argument(arguments, 6), argument(arguments, 7),
         argument(arguments, 8), argument(arguments, 9), argument(arguments, 10), argument(arguments, 11),
+        argument(arguments, 30), argument(arguments, 31),
     )  # fmt: skip
 
 
@@ -104,10 +109,11 @@ def _rows(arguments):
 
 @helper(inline="always")
 def _store_new(layer, token, slot, shape, tag):
-    key = layer.key + token * layer.key_stride * item_bytes(tag)
-    store_token(key, layer.k_cache, slot, layer.key_head_stride, shape.kv_heads, shape.head_size, tag)
-    value = layer.value + token * layer.value_stride * item_bytes(tag)
-    store_token(value, layer.v_cache, slot, layer.value_head_stride, shape.kv_heads, shape.head_size, tag)
+    heads, size, width = shape.kv_heads, shape.head_size, new_token_bytes(tag)
+    key = layer.key + token * layer.key_stride * width
+    store_token(key, layer.k_cache, layer.k_scales, slot, layer.key_head_stride, heads, size, tag)
+    value = layer.value + token * layer.value_stride * width
+    store_token(value, layer.v_cache, layer.v_scales, slot, layer.value_head_stride, heads, size, tag)
 
 
 @helper(inline="always", fastmath=FASTMATH)
@@ -125,7 +131,11 @@ def _attend_span(layer, token, block_table, begin, end, shape, scale, softcap, s
     while first < end:
         last = min(end, (first // CHUNK + 1) * CHUNK)
         dot_keys(scratch, scores, layer.k_cache, block_table, first, last, shape, tag)
+        if has_scales(tag):
+            scale_scores(scores, layer.k_scales, block_table, first, last, shape, CHUNK)
         weigh(scores, state, last - first, shape, softcap)
+        if has_scales(tag):
+            scale_scores(scores, layer.v_scales, block_table, first, last, shape, CHUNK)
         add_values(scores, state, layer.v_cache, block_table, first, last, shape, tag)
         first = last
 
@@ -144,8 +154,9 @@ def attend_bin(io_tag, tag):
     """Attends what falls into one bin.
 
     Arguments: the fields of `_Layer`, of `RowShape` and of `_Rows`; sinks ([H] float32, or 0), scale and softcap
-    (float32; 0 for none); how many bins there are; scratch ([bins, `scratch_size`] float32). The dtypes are those
-    of query and output, and of keys and values.
+    (float32; 0 for none); how many bins there are; scratch ([bins, `scratch_size`] float32); k_scales and v_scales.
+    The dtypes are those of query and output, and of the cache; new keys and values are in the cache's, for int8 in
+    float32.
     """
 
     @entry(fastmath=FASTMATH)

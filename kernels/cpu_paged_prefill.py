@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_paged.kernels.quantised import quantised
 from hf_paged.kernels.reference import gather_sequence, visible_keys
 
 __all__ = ["LongQueries", "attend_long_queries", "group_long_queries"]
@@ -61,17 +62,19 @@ def attend_long_queries(
     masks: dict[Any, Tensor],
     scale: float,
     sliding_window: int | None,
+    k_scales: Tensor | None = None,  # [N, B, H_kv]
+    v_scales: Tensor | None = None,
 ) -> None:
     """Attends the sequences of `groups`. `masks` keeps masks for the step's other layers."""
     for group in groups:
         stop = group.first_token + group.count * group.query_len
         new = slice(group.first_token, stop)
         if group.seq_len == group.query_len:
-            # Another cache dtype would round what later steps read: this step must see the same numbers.
-            keys, values = (x[new].to(k_cache.dtype).to(query.dtype) for x in (key, value))
+            # Another cache dtype rounds what later steps read: this step must see the same numbers.
+            keys, values = (quantised(x[new], k_cache.dtype).to(query.dtype) for x in (key, value))
         else:
             table = block_tables[group.first_sequence]
-            keys, values = gather_sequence(k_cache, v_cache, table, group.seq_len)
+            keys, values = gather_sequence(k_cache, v_cache, table, group.seq_len, k_scales, v_scales)
             keys, values = keys.to(query.dtype), values.to(query.dtype)
         mask = _mask(group, query, masks, sliding_window)
         output[new] = _sdpa(query[new], keys, values, group.count, mask, group.query_len > 1, scale)

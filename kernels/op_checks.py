@@ -15,6 +15,12 @@ MAX_HEAD_SIZE = 512
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REFERENCE_DTYPES = (*_DTYPES, torch.float64)
 _SUPPORTED = "float32, bfloat16, float16 (and float64 by the reference backend)"
+_FP8 = torch.float8_e4m3fn
+#: Cache dtypes that one backend alone has.
+_CACHES_OF = {"reference": (torch.float64,), "triton": (_FP8,)}
+_SUPPORTED_CACHES = (
+    "float32, bfloat16, float16, int8 (float64 by the reference backend, float8_e4m3fn by the Triton one)"
+)
 
 
 def is_interpreted(kind: str) -> bool:
@@ -22,7 +28,14 @@ def is_interpreted(kind: str) -> bool:
     return kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, backend: str) -> None:
+def check_cache(
+    op: str,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    backend: str,
+) -> None:
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"{op}: k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}; "
@@ -30,9 +43,10 @@ def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, backend: str) -> None
         )
     if k_cache.dtype != v_cache.dtype or k_cache.device != v_cache.device:
         raise ValueError(f"{op}: k_cache and v_cache must have one dtype and one device")
-    allowed = _REFERENCE_DTYPES if backend == "reference" else _DTYPES
+    allowed = (*_DTYPES, torch.int8, *_CACHES_OF.get(backend, ()))
     if k_cache.dtype not in allowed:
-        raise ValueError(f"{op}: k_cache of dtype {k_cache.dtype}; supported: {_SUPPORTED}")
+        raise ValueError(f"{op}: k_cache of dtype {k_cache.dtype}; supported: {_SUPPORTED_CACHES}")
+    _check_scales(op, k_cache, k_scales, v_scales)
     if not k_cache.is_contiguous() or not v_cache.is_contiguous():
         raise ValueError(f"{op}: k_cache and v_cache must be contiguous")
     kind = k_cache.device.type
@@ -41,6 +55,26 @@ def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, backend: str) -> None
         raise ValueError(f"{op}: k_cache on device {k_cache.device}, which backend={backend!r} cannot read")
     if not 1 <= k_cache.shape[3] <= MAX_HEAD_SIZE:
         raise ValueError(f"{op}: head size {k_cache.shape[3]}; supported: 1 to {MAX_HEAD_SIZE}")
+
+
+def _check_scales(op: str, k_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> None:
+    shape = {torch.int8: k_cache.shape[:3], _FP8: k_cache.shape[2:3]}.get(k_cache.dtype)
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if shape is None and scales is None:
+            continue
+        if shape is None or scales is None:
+            found = "none" if scales is None else str(tuple(scales.shape))
+            expected = "none" if shape is None else f"float32 {list(shape)}"
+            raise ValueError(f"{op}: {name} {found} with a cache of {k_cache.dtype}; expected {expected}")
+        if (scales.dtype, scales.shape) != (torch.float32, shape) or not scales.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} of dtype {scales.dtype} and shape {tuple(scales.shape)} with a cache of "
+                f"{k_cache.dtype}; expected contiguous float32 {list(shape)}"
+            )
+        if scales.device != k_cache.device:
+            raise ValueError(
+                f"{op}: {name} on device {scales.device}, k_cache on {k_cache.device}; must be one device"
+            )
 
 
 def check_new_kv(op: str, key: Tensor, value: Tensor, k_cache: Tensor) -> None:
@@ -85,6 +119,8 @@ def check_attention(
     value: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     metadata: PagedMetadata,
     sliding_window: int | None,
     softcap: float | None,
@@ -96,9 +132,23 @@ def check_attention(
         (query.shape, query.stride(), query.dtype, query.device),
         (key.shape, key.stride(), key.dtype, value.shape, value.stride(), value.dtype),
         (k_cache.shape, k_cache.dtype, k_cache.device, v_cache.shape, sliding_window, softcap, backend),
+        None if k_scales is None else (k_scales.shape, k_scales.dtype),
+        None if v_scales is None else (v_scales.shape, v_scales.dtype),
     )
     if plan.get("ops.checked") != seen:
-        _check_step(query, key, value, k_cache, v_cache, metadata, sliding_window, softcap, backend)
+        _check_step(
+            query,
+            key,
+            value,
+            k_cache,
+            v_cache,
+            k_scales,
+            v_scales,
+            metadata,
+            sliding_window,
+            softcap,
+            backend,
+        )
         plan["ops.checked"] = seen
 
 
@@ -108,13 +158,15 @@ def _check_step(
     value: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     metadata: PagedMetadata,
     sliding_window: int | None,
     softcap: float | None,
     backend: str,
 ) -> None:
     op = "paged_attention"
-    check_cache(op, k_cache, v_cache, backend)
+    check_cache(op, k_cache, v_cache, k_scales, v_scales, backend)
     check_new_kv(op, key, value, k_cache)
     tokens, kv_heads, head_size = key.shape
     if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != head_size:

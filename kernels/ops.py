@@ -8,6 +8,10 @@
 A backend is a module with functions of the same names and signatures (less `backend`). It is imported the first
 time it is asked for, so that importing this file imports neither numba nor triton. Arguments are checked here,
 before any work; backends trust them. Knows no model, no request and no engine.
+
+A cache narrower than the model comes with `k_scales` and `v_scales`, both float32: of int8 one a token and KV head,
+[N, B, H_kv], which storing computes and writes (see `quantised`); of float8_e4m3fn (Triton only) one a KV head, [H_kv],
+which is given and read.
 """
 
 from __future__ import annotations
@@ -54,24 +58,27 @@ def store_kv(
     v_cache: Tensor,  # [N, B, H_kv, D]
     slot_mapping: Tensor,  # [T] int64
     *,
+    k_scales: Tensor | None = None,  # [N, B, H_kv], or [H_kv]
+    v_scales: Tensor | None = None,
     backend: str,
 ) -> None:
-    """Writes each token's key and value into its slot, cast to the cache's dtype.
+    """Writes each token's key and value into its slot, cast or quantised to the cache's dtype.
 
     Args:
         key, value: new keys and values; any strides with a contiguous last dimension.
         k_cache, v_cache: one layer's blocks, written in place.
         slot_mapping: block * B + offset of each token. A token whose slot is -1 is not stored.
+        k_scales, v_scales: of an int8 or fp8 cache; see above.
         backend: "reference", "cpu" or "triton".
 
     Raises:
         ValueError: a shape, dtype, device or backend that is not supported.
     """
     module = _backend(backend)
-    check_cache("store_kv", k_cache, v_cache, backend)
+    check_cache("store_kv", k_cache, v_cache, k_scales, v_scales, backend)
     check_new_kv("store_kv", key, value, k_cache)
     check_indices("store_kv", "slot_mapping", slot_mapping, key.shape[0], k_cache)
-    module.store_kv(key, value, k_cache, v_cache, slot_mapping)
+    module.store_kv(key, value, k_cache, v_cache, slot_mapping, k_scales=k_scales, v_scales=v_scales)
 
 
 def paged_attention(
@@ -86,6 +93,8 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [H]
+    k_scales: Tensor | None = None,  # [N, B, H_kv], or [H_kv]
+    v_scales: Tensor | None = None,
     backend: str,
 ) -> Tensor:
     """Stores the step's keys and values, then attends each new token to its sequence up to itself.
@@ -99,6 +108,7 @@ def paged_attention(
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None sees all.
         softcap: scores become `softcap * tanh(score / softcap)` after scaling.
         sinks: one logit per query head which takes part in the softmax and has no value.
+        k_scales, v_scales: of an int8 or fp8 cache; see above. The step's own keys are read as they were stored.
         backend: "reference", "cpu" or "triton".
 
     Returns:
@@ -108,7 +118,9 @@ def paged_attention(
         ValueError: a shape, dtype, device, option or backend that is not supported.
     """
     module = _backend(backend)
-    check_attention(query, key, value, k_cache, v_cache, metadata, sliding_window, softcap, backend)
+    check_attention(
+        query, key, value, k_cache, v_cache, k_scales, v_scales, metadata, sliding_window, softcap, backend
+    )
     if sinks is not None and sinks.shape != (query.shape[1],):
         raise ValueError(f"paged_attention: sinks of shape {tuple(sinks.shape)}; expected [{query.shape[1]}]")
     return module.paged_attention(
@@ -122,6 +134,8 @@ def paged_attention(
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=sinks,
+        k_scales=k_scales,
+        v_scales=v_scales,
     )
 
 
@@ -136,12 +150,14 @@ def rotary_paged_attention(
     metadata: PagedMetadata,
     *,
     scale: float,
+    k_scales: Tensor | None = None,  # [N, B, H_kv], or [H_kv]
+    v_scales: Tensor | None = None,
     backend: str,
 ) -> Tensor:
     """`paged_attention` of queries and keys that are still to be rotated by their positions (RoPE, LLaMA's halves).
 
     Args:
-        query, key, value, k_cache, v_cache, metadata, scale: as for `paged_attention`.
+        query, key, value, k_cache, v_cache, metadata, scale, k_scales, v_scales: as for `paged_attention`.
         cos, sin: of each token's angles, as LLaMA makes them: the second half repeats the first. The first R elements
             of a head are rotated.
         backend: "reference" or "triton"; the CPU's kernels rotate apart.
@@ -156,7 +172,7 @@ def rotary_paged_attention(
     if backend not in ("reference", "triton"):
         raise ValueError(f"{op}: backend={backend!r}; must be 'reference' or 'triton'")
     module = _backend(backend)
-    check_attention(query, key, value, k_cache, v_cache, metadata, None, None, backend)
+    check_attention(query, key, value, k_cache, v_cache, k_scales, v_scales, metadata, None, None, backend)
     rotated = cos.shape[-1]
     if cos.shape != (key.shape[0], rotated) or sin.shape != cos.shape:
         raise ValueError(
@@ -166,7 +182,10 @@ def rotary_paged_attention(
         raise ValueError(
             f"{op}: {rotated} rotated elements; must be even and at most the head size {key.shape[2]}"
         )
-    return module.rotary_paged_attention(query, key, value, cos, sin, k_cache, v_cache, metadata, scale=scale)
+    scales = {"k_scales": k_scales, "v_scales": v_scales}
+    return module.rotary_paged_attention(
+        query, key, value, cos, sin, k_cache, v_cache, metadata, scale=scale, **scales
+    )
 
 
 def copy_blocks(
@@ -175,18 +194,22 @@ def copy_blocks(
     src: Tensor,  # [n] int64
     dst: Tensor,  # [n] int64
     *,
+    k_scales: Tensor | None = None,  # [N, B, H_kv], or [H_kv]
+    v_scales: Tensor | None = None,
     backend: str,
 ) -> None:
-    """Copies block `src[i]` to block `dst[i]`, in K and V. All sources are read before any target is written.
+    """Copies block `src[i]` to block `dst[i]`, in K and V and an int8 cache's scales.
+
+    All sources are read before any target is written.
 
     Raises:
         ValueError: a shape, dtype, device or backend that is not supported.
     """
     module = _backend(backend)
-    check_cache("copy_blocks", k_cache, v_cache, backend)
+    check_cache("copy_blocks", k_cache, v_cache, k_scales, v_scales, backend)
     check_indices("copy_blocks", "src", src, src.shape[0], k_cache)
     check_indices("copy_blocks", "dst", dst, src.shape[0], k_cache)
-    module.copy_blocks(k_cache, v_cache, src, dst)
+    module.copy_blocks(k_cache, v_cache, src, dst, k_scales=k_scales, v_scales=v_scales)
 
 
 def resolve_backend(device: torch.device | str, requested: str = "auto") -> str:

@@ -10,16 +10,29 @@ import torch
 from torch import Tensor
 
 from hf_paged.kernels.metadata import PagedMetadata
+from hf_paged.kernels.quantised import dequantise, quantise
 
 __all__ = ["copy_blocks", "paged_attention", "rotary_paged_attention", "rotate", "store_kv"]
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    key: Tensor,  # [T, H_kv, D]
+    value: Tensor,  # [T, H_kv, D]
+    k_cache: Tensor,  # [N, B, H_kv, D]
+    v_cache: Tensor,  # [N, B, H_kv, D]
+    slot_mapping: Tensor,  # [T] int64
+    *,
+    k_scales: Tensor | None = None,  # [N, B, H_kv]
+    v_scales: Tensor | None = None,
+) -> None:
     """See `hf_paged.kernels.ops.store_kv`."""
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
-    k_cache.flatten(0, 1)[slots] = key[stored].to(k_cache.dtype)
-    v_cache.flatten(0, 1)[slots] = value[stored].to(v_cache.dtype)
+    for new, cache, scales in ((key, k_cache, k_scales), (value, v_cache, v_scales)):
+        if scales is None:
+            cache.flatten(0, 1)[slots] = new[stored].to(cache.dtype)
+        else:
+            cache.flatten(0, 1)[slots], scales.flatten(0, 1)[slots] = quantise(new[stored])
 
 
 def paged_attention(
@@ -34,9 +47,11 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [H]
+    k_scales: Tensor | None = None,  # [N, B, H_kv]
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """See `hf_paged.kernels.ops.paged_attention`."""
-    store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
+    store_kv(key, value, k_cache, v_cache, metadata.slot_mapping, k_scales=k_scales, v_scales=v_scales)
     output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     start = 0
     lengths = zip(metadata.query_lens_list, metadata.seq_lens_list, strict=True)
@@ -45,7 +60,8 @@ def paged_attention(
         start += query_len
         if query_len == 0 or seq_len == 0:
             continue
-        keys, values = gather_sequence(k_cache, v_cache, metadata.block_tables[index], seq_len)
+        table = metadata.block_tables[index]
+        keys, values = gather_sequence(k_cache, v_cache, table, seq_len, k_scales, v_scales)
         positions = torch.arange(seq_len - query_len, seq_len, device=query.device)
         visible = visible_keys(positions, seq_len, sliding_window)
         output[new] = attend(query[new], keys, values, visible, scale, softcap, sinks).to(query.dtype)
@@ -63,10 +79,13 @@ def rotary_paged_attention(
     metadata: PagedMetadata,
     *,
     scale: float,
+    k_scales: Tensor | None = None,  # [N, B, H_kv]
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """See `hf_paged.kernels.ops.rotary_paged_attention`."""
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    return paged_attention(query, key, value, k_cache, v_cache, metadata, scale=scale)
+    scales = {"k_scales": k_scales, "v_scales": v_scales}
+    return paged_attention(query, key, value, k_cache, v_cache, metadata, scale=scale, **scales)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -77,21 +96,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos[:, None] + partner * sin[:, None], rest), dim=-1).to(x.dtype)
 
 
-def copy_blocks(k_cache: Tensor, v_cache: Tensor, src: Tensor, dst: Tensor) -> None:
+def copy_blocks(
+    k_cache: Tensor,  # [N, B, H_kv, D]
+    v_cache: Tensor,  # [N, B, H_kv, D]
+    src: Tensor,  # [n] int64
+    dst: Tensor,  # [n] int64
+    *,
+    k_scales: Tensor | None = None,  # [N, B, H_kv]
+    v_scales: Tensor | None = None,
+) -> None:
     """See `hf_paged.kernels.ops.copy_blocks`."""
-    k_cache[dst] = k_cache[src]
-    v_cache[dst] = v_cache[src]
+    for blocks in (k_cache, v_cache, k_scales, v_scales):
+        if blocks is not None:
+            blocks[dst] = blocks[src]
 
 
 def gather_sequence(
-    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_len: int
+    k_cache: Tensor,  # [N, B, H_kv, D]
+    v_cache: Tensor,  # [N, B, H_kv, D]
+    block_table: Tensor,  # [M]
+    seq_len: int,
+    k_scales: Tensor | None = None,  # [N, B, H_kv]
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # [seq_len, H_kv, D] each
-    """Keys and values of positions 0..seq_len - 1 of the sequence with the blocks `block_table` [M]."""
-    block_size = k_cache.shape[1]
-    blocks = block_table[: -(-seq_len // block_size)]
-    keys = k_cache.index_select(0, blocks).flatten(0, 1)[:seq_len]
-    values = v_cache.index_select(0, blocks).flatten(0, 1)[:seq_len]
-    return keys, values
+    """Keys and values of positions 0..seq_len - 1 of a sequence: in the cache's dtype, of an int8 one in float32."""
+    used = block_table[: -(-seq_len // k_cache.shape[1])]
+
+    def gather(cache: Tensor, scales: Tensor | None) -> Tensor:
+        numbers = cache.index_select(0, used).flatten(0, 1)[:seq_len]
+        if scales is None:
+            return numbers
+        return dequantise(numbers, scales.index_select(0, used).flatten(0, 1)[:seq_len])
+
+    return gather(k_cache, k_scales), gather(v_cache, v_scales)
 
 
 def visible_keys(positions: Tensor, num_keys: int, sliding_window: int | None) -> Tensor:

@@ -75,14 +75,17 @@ def rotary_paged_attention(
     metadata: PagedMetadata,
     *,
     scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """See `hf_paged.kernels.ops.rotary_paged_attention`: rotation and store are one launch.
 
     Raises:
         ValueError: as `paged_attention`.
     """
-    rotated = store_kv_rope(query, key, value, cos, sin, k_cache, v_cache, metadata.slot_mapping)
-    return attend(rotated, k_cache, v_cache, metadata, scale=scale)
+    slots, scales = metadata.slot_mapping, {"k_scales": k_scales, "v_scales": v_scales}
+    rotated = store_kv_rope(query, key, value, cos, sin, k_cache, v_cache, slots, **scales)
+    return attend(rotated, k_cache, v_cache, metadata, scale=scale, **scales)
 
 
 def attend(

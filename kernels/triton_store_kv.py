@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_paged.kernels import quantised
 from hf_paged.kernels.tiles import head_tile, next_power_of_2
 from hf_paged.kernels.triton_checks import check_cache, check_dtype, check_tensors
 from hf_paged.kernels.triton_launch import launch
@@ -18,6 +19,7 @@ __all__ = ["TILE", "store_kv", "write_heads"]
 
 #: Elements of one program's tile: enough for full-width loads, small enough that one token fills several SMs.
 TILE = 2048
+LEAST: tl.constexpr = tl.constexpr(quantised.LEAST)
 
 
 @triton.jit
@@ -39,9 +41,14 @@ def write_heads(
     o_d = tl.arange(0, BLOCK_D)
     m_h = o_h < H_KV
     if p_cache.dtype.element_ty == tl.int8:
-        b_max = tl.max(tl.abs(b_x), axis=1)
-        tl.store(p_scale + i_slot * H_KV + o_h, b_max / 127.0, mask=m_h)
-        b_inverse = tl.where(b_max > 0.0, 127.0 / tl.where(b_max > 0.0, b_max, 1.0), 0.0)
+        # By their bits, a NaN is larger than all numbers: its head gets the scale NaN (see `quantised`).
+        b_bits = tl.max(tl.abs(b_x).to(tl.int32, bitcast=True), axis=1)
+        b_max = b_bits.to(tl.float32, bitcast=True)
+        m_finite = b_bits < 0x7F800000
+        m_usable = m_finite & (b_max >= LEAST)
+        tl.store(p_scale + i_slot * H_KV + o_h, tl.where(m_finite, b_max / 127.0, float("nan")), mask=m_h)
+        b_inverse = tl.where(m_usable, 127.0 / tl.where(m_usable, b_max, 1.0), 0.0)
+        b_x = tl.where(m_finite[:, None], b_x, 0.0)
         # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in hardware and interpreter alike.
         b_x = (b_x * b_inverse[:, None] + 12582912.0) - 12582912.0
     elif p_scale is not None:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from hf_paged.kernels import reference, triton_backend
+from hf_paged.kernels import ops, reference, triton_backend
 from tests.kernels.triton_support import (
     DEVICE,
     assert_near,
@@ -157,6 +157,31 @@ def test_attention_over_an_int8_cache(dtype, options):
     wide = [cache * scales[name][..., None] for cache, name in ((k_cache, "k_scales"), (v_cache, "v_scales"))]
     assert_near(output, exact_attention(step, *wide, **options), dtype)
     assert_near(output, exact_attention(step, **options), torch.bfloat16, factor=3)
+
+
+def test_the_front_door_passes_scales_and_stores_what_the_reference_does():
+    step = make_step([1, 1, 18, 5], [40, 17, 18, 37], num_decodes=2, heads=4, kv_heads=2)
+    step.key[1, 1] = 0.0
+    step.key[20, 0, 3] = float("nan")
+    step.value[21, 1] = 2.0**-110
+    found = []
+    for backend in ("reference", "triton"):
+        k_cache, v_cache, scales = int8_caches(*step.k_cache.shape)
+        for name in scales:
+            scales[name].fill_(0.01)
+        output = ops.paged_attention(
+            step.query, step.key, step.value, k_cache, v_cache, dataclasses.replace(step.metadata, plan={}),
+            scale=0.25, backend=backend, **scales,
+        )  # fmt: skip
+        found.append((output, k_cache, v_cache, scales))
+    (expected, *stored), (actual, *others) = found
+    assert expected.isnan().any()
+    assert not expected.isnan().all()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0, equal_nan=True)
+    for cache, other in zip(stored[:2], others[:2], strict=True):
+        assert torch.equal(cache, other)
+    for name, scale in stored[2].items():
+        assert same(scale, others[2][name])
 
 
 def on_fp8_grid(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
