@@ -101,6 +101,8 @@ class StepInputs:
     backend: str  # "reference" | "cpu" | "triton"
     #: layer number -> (k_cache, v_cache), each [num_blocks, block_size, H_kv, D]
     kv_layer: Callable[[int], tuple[Tensor, Tensor]]
+    #: layer number -> (k_scales, v_scales) of an int8 cache, each float32 [num_blocks, block_size, H_kv]
+    kv_scales: Callable[[int], tuple[Tensor | None, Tensor | None]] = lambda layer: (None, None)
     adapters: AdapterRuns | None = None  # None: every token runs with whatever the model's layers have active
     #: (first place among the T tokens, rows [n, E]): embeddings that stand in for ids there.
     embeds: list[tuple[int, Tensor]] = field(default_factory=list)

@@ -84,8 +84,9 @@ def rotary_paged_attention(
 ) -> Tensor:
     """See `hf_paged.kernels.ops.rotary_paged_attention`."""
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    scales = {"k_scales": k_scales, "v_scales": v_scales}
-    return paged_attention(query, key, value, k_cache, v_cache, metadata, scale=scale, **scales)
+    return paged_attention(
+        query, key, value, k_cache, v_cache, metadata, scale=scale, k_scales=k_scales, v_scales=v_scales
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -50,20 +50,23 @@ def attend(
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     k_cache, v_cache = step.kv_layer(layer)
+    k_scales, v_scales = step.kv_scales(layer)
     metadata = step.metadata
     if metadata.slot_mapping.device != device:
         metadata = _metadata_on(metadata, device)
     if rotary is not None:
         output = ops.rotary_paged_attention(
-            query, key, value, *rotary, k_cache, v_cache, metadata, scale=scale, backend=step.backend
-        )
+            query, key, value, *rotary, k_cache, v_cache, metadata,
+            scale=scale, k_scales=k_scales, v_scales=v_scales, backend=step.backend,
+        )  # fmt: skip
         return output.view(1, output.shape[0], -1)
     output = ops.paged_attention(
-        query, key, value, k_cache, v_cache, metadata, scale=scale, backend=step.backend
-    )
+        query, key, value, k_cache, v_cache, metadata,
+        scale=scale, k_scales=k_scales, v_scales=v_scales, backend=step.backend,
+    )  # fmt: skip
     if step.recording is not None and step.recording.attention_of:
         step.recording.attentions[layer] = {
-            index: attention_weights(query, k_cache, metadata, index, last, scale=scale)
+            index: attention_weights(query, k_cache, metadata, index, last, scale=scale, k_scales=k_scales)
             for index, last in step.recording.attention_of.items()
         }
     return output.view(1, output.shape[0], -1)

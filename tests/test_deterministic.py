@@ -90,7 +90,8 @@ def in_chunks(model: Any, requests: list[Request], **options: Any) -> list[Trans
 
 def preempted(model: Any, requests: list[Request], **options: Any) -> list[Transcript]:
     longest = max(len(prompt) for prompt, _ in requests) + NEW_TOKENS
-    with hf_paged.enabled(model, block_size=BLOCK_SIZE):
+    dtype = options.get("kv_cache_dtype", "auto")
+    with hf_paged.enabled(model, block_size=BLOCK_SIZE, kv_cache_dtype=dtype):
         hf_paged.generate_many(model, [[5]], max_new_tokens=1)
         stats = hf_paged.stats(model)
     blocks = -(-longest // BLOCK_SIZE) + 10

@@ -33,6 +33,7 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help='Most KV memory, "2GiB" say')] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help='"auto", or "int8" for less memory')] = "auto",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences in one step")] = 256,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one step")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Tokens of a request")] = None,
@@ -80,6 +81,7 @@ def serve(
             device=device,
             paged={
                 "kv_cache_memory": kv_cache_memory,
+                "kv_cache_dtype": kv_cache_dtype,
                 "max_num_seqs": max_num_seqs,
                 "max_num_batched_tokens": max_num_batched_tokens,
             },

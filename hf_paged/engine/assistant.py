@@ -220,6 +220,7 @@ class Assistant:
             backend=runtime.backend,
             device=runtime.device,
             kv_layer=runtime.cache.layer,
+            kv_scales=runtime.cache.scales,
         )
         ambient = plan.sequences[0].call.ambient
         logits = runtime.runner.forward(self._model, inputs, ambient)

@@ -39,6 +39,7 @@ def build(
     backend: str,
     device: torch.device,
     kv_layer: Callable[[int], tuple[Tensor, Tensor]],
+    kv_scales: Callable[[int], tuple[Tensor | None, Tensor | None]],
     deterministic: bool = False,
 ) -> StepInputs:
     """Token ids, positions, slots and block tables of the step, on `device`.
@@ -69,6 +70,7 @@ def build(
         metadata=metadata,
         backend=backend,
         kv_layer=kv_layer,
+        kv_scales=kv_scales,
         adapters=_adapter_runs(plan),
         embeds=_embeds(plan),
     )

@@ -215,18 +215,18 @@ class PagedEngine:
     # --- kept KV ----------------------------------------------------------------------------------------------------
 
     def gather_kv(self, seq: Sequence) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [1, H_kv, n, D] of each layer for the n computed tokens of a kept sequence."""
+        """Keys and values [1, H_kv, n, D] of each layer for the n computed tokens of a kept sequence, in the
+        layer's own dtype."""
         runtime = self._loop.runtime
         if runtime is None:
             raise EngineStateError("the KV of this call was released")
         blocks = torch.tensor(seq.block_table, device=runtime.device)
         result = []
-        for layer in range(len(runtime.geometry)):
-            pair = []
-            for cache in runtime.cache.layer(layer):
-                flat = cache.index_select(0, blocks.to(cache.device)).flatten(0, 1)[: seq.num_computed]
-                pair.append(flat.transpose(0, 1)[None].contiguous())
-            result.append((pair[0], pair[1]))
+        for layer, geometry in enumerate(runtime.geometry):
+            table = blocks.to(geometry.device)
+            keys, values = runtime.cache.read(layer, table, seq.num_computed)
+            keys, values = (x.to(geometry.dtype).transpose(0, 1)[None].contiguous() for x in (keys, values))
+            result.append((keys, values))
         return result
 
     def release_kv(self, call: Call) -> None:

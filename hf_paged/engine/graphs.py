@@ -153,6 +153,7 @@ class DecodeGraphs:
             buffers = self._buffers[size, width] = StepBuffers(size, width, self._device)
         buffers.fill(arrays)
         inputs = buffers.inputs(owner=owner, backend=self._backend, kv_layer=self._cache.layer)
+        inputs.kv_scales = self._cache.scales
         key, rows = (size, width, ambient), len(plan.sequences)
         inputs.around = lambda run: self._run(key, rows, run)
         return inputs

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from hf_paged.errors import KVCacheOutOfMemory
 from hf_paged.kernels import ops
+from hf_paged.kernels.quantised import quantise
+from hf_paged.kernels.reference import gather_sequence
 
 __all__ = ["KVCache", "LayerSpec"]
 
@@ -30,16 +32,21 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one attention layer keeps per token: K and V, each [num_kv_heads, head_dim]."""
+    """What one attention layer keeps per token: K and V, each [num_kv_heads, head_dim], and of int8 a scale a head."""
 
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def has_scales(self) -> bool:
+        return self.dtype == torch.int8
+
     def block_bytes(self, block_size: int) -> int:
-        """Bytes of one block of K, or of V."""
-        return block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        """Bytes of one block of K, or of V, with its scales."""
+        head_bytes = self.head_dim * self.dtype.itemsize + 4 * self.has_scales
+        return block_size * self.num_kv_heads * head_bytes
 
 
 class KVCache:
@@ -69,19 +76,28 @@ class KVCache:
         self.num_blocks = 0
         self.generation = 0
         self._budget_bytes = budget_bytes
-        self._pools = [(self._make_pool(spec), self._make_pool(spec)) for spec in layer_specs]
-        self._views: list[tuple[Tensor, Tensor]] = []
+        self._pools = [self._make_pools(spec) for spec in layer_specs]
+        self._views: list[tuple[Tensor, ...]] = []
         self._closed = False
         self._refresh_views()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of usable blocks. On a CPU the memory taken may be less: pages come as blocks are written."""
-        return sum(pool.held_bytes for pair in self._pools for pool in pair)
+        return sum(pool.held_bytes for pools in self._pools for pool in pools)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V of a layer, each [num_blocks, block_size, H_kv, D]; unwritten slots hold anything, even NaN."""
-        return self._views[index]
+        return self._views[index][0], self._views[index][1]
+
+    def scales(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """The scales of an int8 layer's K and V, each float32 [num_blocks, block_size, H_kv]; else None."""
+        views = self._views[index]
+        return (views[2], views[3]) if len(views) == 4 else (None, None)
+
+    def read(self, index: int, block_table: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V [num_tokens, H_kv, D] of a layer, of a sequence with these blocks ([M]); of int8 in float32."""
+        return gather_sequence(*self.layer(index), block_table, num_tokens, *self.scales(index))
 
     def grow(self, num_blocks: int) -> int:
         """Makes at least `num_blocks` usable, or `max_blocks` if that is fewer. Old contents stay.
@@ -104,7 +120,7 @@ class KVCache:
         if target <= self.num_blocks:
             return self.num_blocks
         try:
-            moved = [pool.resize(target) for pair in self._pools for pool in pair]
+            moved = [pool.resize(target) for pools in self._pools for pool in pools]
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             # Tensors which did grow keep their room: a smaller attempt finds it taken already.
             self._refresh_views()
@@ -121,7 +137,7 @@ class KVCache:
             raise ValueError(f"num_blocks={num_blocks}: must not be negative")
         if num_blocks >= self.num_blocks or self._closed:
             return
-        moved = [pool.resize(num_blocks) for pair in self._pools for pool in pair]
+        moved = [pool.resize(num_blocks) for pools in self._pools for pool in pools]
         self._set_usable(num_blocks, moved=any(moved))
 
     def release(self) -> None:
@@ -135,12 +151,17 @@ class KVCache:
 
     def write(self, block_table: Sequence[int], layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Writes keys and values, each [n, H_kv, D] a layer, into the first n slots of a sequence's blocks."""
-        for (k_cache, v_cache), (keys, values) in zip(self._views, layers, strict=True):
-            blocks = torch.tensor(block_table, dtype=torch.int64, device=k_cache.device)
-            offsets = torch.arange(self.block_size, device=k_cache.device)
-            slots = (blocks[:, None] * self.block_size + offsets).flatten()[: len(keys)]
-            k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, keys)
-            v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, values)
+        for views, pair in zip(self._views, layers, strict=True):
+            device = views[0].device
+            blocks = torch.tensor(block_table, dtype=torch.int64, device=device)
+            offsets = torch.arange(self.block_size, device=device)
+            slots = (blocks[:, None] * self.block_size + offsets).flatten()[: len(pair[0])]
+            numbers: Sequence[Tensor] = pair
+            if len(views) == 4:
+                (keys, k_scales), (values, v_scales) = map(quantise, pair)
+                numbers = keys, values, k_scales, v_scales
+            for view, new in zip(views, numbers, strict=True):
+                view.flatten(0, 1).index_copy_(0, slots, new)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]], backend: str) -> None:
         """Copies block `src` to block `dst` in all layers, for each (src, dst) of `pairs`."""
@@ -150,17 +171,23 @@ class KVCache:
         if int(indices.min()) < 0 or int(indices.max()) >= self.num_blocks:
             raise ValueError(f"copy_blocks: pairs {pairs!r} name blocks outside of 0..{self.num_blocks - 1}")
         on_device: dict[torch.device, Tensor] = {}
-        for k_cache, v_cache in self._views:
+        for index in range(len(self._views)):
+            k_cache, v_cache = self.layer(index)
+            k_scales, v_scales = self.scales(index)
             if k_cache.device not in on_device:
                 on_device[k_cache.device] = indices.t().contiguous().to(k_cache.device)
             src, dst = on_device[k_cache.device]
-            ops.copy_blocks(k_cache, v_cache, src, dst, backend=backend)
+            ops.copy_blocks(k_cache, v_cache, src, dst, k_scales=k_scales, v_scales=v_scales, backend=backend)
 
-    def _make_pool(self, spec: LayerSpec) -> _HostPool | _DevicePool:
-        shape = (self.block_size, spec.num_kv_heads, spec.head_dim)
+    def _make_pools(self, spec: LayerSpec) -> list[_HostPool | _DevicePool]:
+        """Of K and V, then of their scales if they have them."""
+        tokens = (self.block_size, spec.num_kv_heads)
+        kinds: list[tuple[tuple[int, ...], torch.dtype]] = [((*tokens, spec.head_dim), spec.dtype)] * 2
+        if spec.has_scales:
+            kinds += [(tokens, torch.float32)] * 2
         if spec.device.type == "cpu":
-            return _HostPool(shape, spec.dtype, self.max_blocks)
-        return _DevicePool(shape, spec.dtype, spec.device)
+            return [_HostPool(shape, dtype, self.max_blocks) for shape, dtype in kinds]
+        return [_DevicePool(shape, dtype, spec.device) for shape, dtype in kinds]
 
     def _set_usable(self, num_blocks: int, *, moved: bool) -> None:
         self.num_blocks = num_blocks
@@ -170,7 +197,7 @@ class KVCache:
     def _refresh_views(self) -> None:
         # Made outside of inference mode, or a later call outside of it could not write to them.
         with torch.inference_mode(False):
-            self._views = [(k.view(self.num_blocks), v.view(self.num_blocks)) for k, v in self._pools]
+            self._views = [tuple(p.view(self.num_blocks) for p in pools) for pools in self._pools]
 
 
 class _HostPool:

@@ -129,6 +129,7 @@ class StepLoop(CallTable):
                 backend=runtime.backend,
                 device=runtime.device,
                 kv_layer=runtime.cache.layer,
+                kv_scales=runtime.cache.scales,
                 deterministic=self.config.deterministic,
             )
             inputs.recording = recording

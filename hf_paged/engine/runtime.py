@@ -41,7 +41,11 @@ class Runtime:
         self.backend = resolve_backend(self.device, config.backend)
         if config.deterministic:
             check_deterministic(self.device, config.backend)
-        specs = [LayerSpec(g.num_kv_heads, g.head_dim, g.dtype, g.device) for g in geometry]
+        in_int8 = config.kv_cache_dtype == "int8"
+        specs = [
+            LayerSpec(g.num_kv_heads, g.head_dim, torch.int8 if in_int8 else g.dtype, g.device)
+            for g in geometry
+        ]
         budget = config.budget_bytes() or default_kv_budget(self.device)
         self.cache = KVCache(specs, config.block_size, budget)
         if self.cache.max_blocks < 1:
@@ -69,7 +73,9 @@ class Runtime:
         self.sampler = Sampler(_argmax_for(self.device, self.backend), apart=config.deterministic)
         self.runner = ModelRunner(self.device)
         self.graphs = make_graphs(config, self.device, self.backend, self.cache)
-        self._cpu_kernels = _CpuKernels({g.dtype for g in geometry}) if self.backend == "cpu" else None
+        # Those of the model's own dtype are for its activations and logits too.
+        dtypes = {g.dtype for g in geometry} | {spec.dtype for spec in specs}
+        self._cpu_kernels = _CpuKernels(dtypes) if self.backend == "cpu" else None
         if config.deterministic and self._cpu_kernels is not None:
             self._cpu_kernels.load_now()  # torch's paths until then would give other bits
 

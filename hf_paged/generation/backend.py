@@ -112,6 +112,9 @@ def custom_generate(
     return _decode(model, engine, prepared, early)
 
 
+_INT8_NOTE = "kv_cache_dtype='int8' rounds keys and values: results are near those of generate(), not equal"
+
+
 def explain_call(
     model: GenerativeModel, engine: PagedEngine, kwargs: Mapping[str, Any], replaced: Any = None
 ) -> Explanation:
@@ -131,6 +134,8 @@ def explain_call(
         del given["custom_generate"]
     reasons = early_reasons(model, replaced, engine, (), given)
     reasons += _reasons_after(model, engine, reasons, (), given)
+    if not reasons and engine.config.kv_cache_dtype == "int8":
+        return Explanation(True, notes=(_INT8_NOTE,))
     return Explanation(not reasons, tuple(dict.fromkeys(reasons)))
 
 

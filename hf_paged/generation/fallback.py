@@ -80,12 +80,16 @@ class Explanation:
 
     native: bool
     reasons: tuple[FallbackReason, ...] = ()
+    #: In what a native call's results differ from those of the original `generate`, by the user's own choice.
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self.native
 
     def __str__(self) -> str:
-        return "native" if self.native else "falls back: " + "; ".join(map(str, self.reasons))
+        if self.native:
+            return "; ".join(("native", *self.notes))
+        return "falls back: " + "; ".join(map(str, self.reasons))
 
 
 class HfPagedFallbackWarning(UserWarning):

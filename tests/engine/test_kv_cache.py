@@ -163,6 +163,26 @@ def test_copy_blocks(cache, backend):
         cache.copy_blocks([(0, 5)], backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_int8_blocks_have_scales(backend):
+    spec = LayerSpec(2, 64, torch.int8, CPU)
+    cache = KVCache([spec] * 2, 4, 10**6)
+    assert cache.bytes_per_block == 2 * 2 * 4 * 2 * (64 + 4)
+    cache.grow(5)
+    assert cache.held_bytes == 5 * cache.bytes_per_block
+    pairs = [tuple(torch.randn(2, 6, 2, 64)) for _ in range(2)]
+    cache.write([1, 3], pairs)
+    cache.copy_blocks([(1, 4), (3, 0)], backend)
+    for index, pair in enumerate(pairs):
+        for table in ([1, 3], [4, 0]):
+            for read, given in zip(cache.read(index, torch.tensor(table), 6), pair, strict=True):
+                assert read.dtype == torch.float32
+                assert ((read - given).abs() <= given.abs().amax(-1, keepdim=True) / 253).all()
+    cache.release()
+    assert cache.held_bytes == 0
+    assert cache.scales(1)[0].shape == (0, 4, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_holds_its_numbers(dtype):
     cache = make_cache(dtype=dtype)
