@@ -12,7 +12,7 @@ from hf_paged.engine.request import Call, Sequence, SequenceGroup
 from hf_paged.engine.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from hf_paged.engine.beam_search import Choice
+    from hf_paged.engine.beam_choice import Choice
 
 
 def set_apart(

@@ -77,7 +77,7 @@ class Sequence:
     given_kv: GivenKV | None = None
     #: [prompt_len, E]: what the model is given in place of the prompt's ids, which mean nothing then.
     embeds: Any = None
-    drafting: Any = None  # what `engine.speculation` remembers of it
+    drafting: Any = None  # `engine.drafting.Drafting`
     #: In a lockstep call: the logits of its next token are made, and nothing is to compute until that is chosen.
     handed_over: bool = False
 
@@ -168,7 +168,7 @@ class Call:
     #: Finished rows go on with pad tokens until all rows are finished, as upstream does, for scores and
     #: returned caches.
     run_on: bool = False
-    speculation: Any = None  # `engine.speculation.Speculation`: how tokens are drafted; None: they are not
+    speculation: Any = None  # `engine.drafting.Speculation`: how tokens are drafted; None: they are not
     #: `engine.lockstep.Lockstep` of a call whose rows advance together, by tokens that its caller chooses.
     lockstep: Any = None
     attended: bool = False  # a lockstep call whose caller has the logits of all rows and is choosing

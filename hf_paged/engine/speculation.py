@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from hf_paged.engine.draft_policy import Acceptance, DraftPolicy
-from hf_paged.engine.request import Call, Sequence, Status
+from hf_paged.engine.draft_policy import DraftPolicy
+from hf_paged.engine.draft_rows import DraftRows, Going, goes_on, is_simple
+from hf_paged.engine.drafting import Drafter, Drafting, Speculation
+from hf_paged.engine.request import Call, Sequence
 from hf_paged.engine.sampler import Sampler
 from hf_paged.engine.scheduler import Scheduler
 from hf_paged.step import StepPlan
@@ -33,51 +33,6 @@ from hf_paged.step import StepPlan
 _MAX_PADS = 16
 #: In steps of this many sequences looking for drafts takes time; it rests for up to so many steps where it was in vain.
 _MIN_RESTING, _MAX_RESTS = 8, 7
-
-
-class Drafter(Protocol):
-    """Guesses tokens. Only the holder of the crank calls it."""
-
-    @property
-    def seconds_a_depth(self) -> float:
-        """What one more token for every sequence costs."""
-        ...
-
-    def offer(self, sequence: Sequence, most: int) -> int:
-        """How many tokens, at most `most` (>= 1), it would draft for `sequence` now."""
-        ...
-
-    def draft(self, wanted: list[tuple[Sequence, int]]) -> dict[Sequence, BaseException]:
-        """Sets the drafts of sequences: each at most as long as wanted. Returns what went wrong, by sequence."""
-        ...
-
-    def verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None: ...
-
-    def forget(self, sequence: Sequence) -> None:
-        """`sequence` has ended."""
-        ...
-
-
-@dataclass(eq=False)
-class Speculation:
-    """How tokens are drafted for the rows of a call (`Call.speculation`): by a drafter of its own, or by a model."""
-
-    drafter: Drafter | None = None
-    assistant_model: Any = None
-
-
-@dataclass
-class Drafting:
-    """What is remembered of a sequence (`Sequence.drafting`)."""
-
-    kind: int = 0  # of what the drafter offers now: drafts of other kinds are right more often, or less
-    acceptances: dict[int, Acceptance] = field(default_factory=dict)  # by kind
-    state: Any = None  # the drafter's
-    padding: bool = False  # it was finished before this step, and is given pads because its call runs on
-
-    @property
-    def acceptance(self) -> Acceptance:
-        return self.acceptances.setdefault(self.kind, Acceptance(self.kind))
 
 
 class Speculator:
@@ -226,8 +181,8 @@ class Speculator:
         Returns:
             How many tokens had been drafted, and how many of them were right.
         """
-        rows = _Rows(logits, sampler)
-        going: list[_Going] = []
+        rows = DraftRows(logits, sampler)
+        going: list[Going] = []
         drafted: dict[Sequence, int] = {}
         row = 0
         for i, count in zip(plan.sample_indices, plan.logits_counts, strict=True):
@@ -239,7 +194,7 @@ class Speculator:
                 sequence.draft = []
             row += count
         accepted = dict.fromkeys(drafted, 0)
-        at_once = [item for item in going if item[0].finish_reason is None and _is_simple(item[0])]
+        at_once = [item for item in going if item[0].finish_reason is None and is_simple(item[0])]
         if at_once:
             runs = rows.most_probable_runs(at_once)
             for sequence, run in runs.items():
@@ -247,7 +202,7 @@ class Speculator:
             append(list(runs), list(runs.values()))
             going = [item for item in going if item not in at_once]
         depth = 0
-        while going := [item for item in going if _goes_on(*item[:2], depth, accepted)]:
+        while going := [item for item in going if goes_on(*item[:2], depth, accepted)]:
             sequences = [sequence for sequence, _, _ in going]
             for sequence in sequences:
                 if sequence in accepted:
@@ -270,63 +225,6 @@ class Speculator:
         drafts = plan.num_drafts or [0] * len(plan.sequences)
         if self._calls and all(c - d == 1 for c, d in zip(plan.num_scheduled_tokens, drafts, strict=True)):
             self.policy.step_times.observe(plan.num_tokens, seconds - self._drafting_seconds)
-
-
-#: A sequence, what was drafted for it, and the row of logits of the token before.
-_Going = tuple[Sequence, list[int], int]
-
-
-class _Rows:
-    """The rows of logits of a step, chosen from in several goes."""
-
-    def __init__(self, logits: Tensor, sampler: Sampler) -> None:
-        self._logits = logits
-        self._sampler = sampler
-
-    def most_probable_runs(self, going: list[_Going]) -> dict[Sequence, list[int]]:
-        """The tokens that follow the newest one of each sequence which `_is_simple`, where there are any."""
-        with going[0][0].call.ambient.enter():
-            tokens = self._sampler.most_probable(self._logits)
-        runs: dict[Sequence, list[int]] = {}
-        for sequence, draft, row in going:
-            spec = sequence.call.sampling
-            room = sequence.max_new_tokens - sequence.num_generated
-            if spec.max_length is not None:
-                room = min(room, spec.max_length - spec.prompt_width - sequence.num_generated)
-            newest = sequence.token_ids[-1]
-            run: list[int] = []
-            for depth, guess in enumerate(draft, 1):
-                if newest != guess or len(run) == room or newest in spec.eos_token_ids:
-                    break
-                newest = tokens[row + depth]
-                run.append(newest)
-            if run:
-                runs[sequence] = run
-        return runs
-
-    def choose(self, rows: list[int], sequences: list[Sequence]) -> list[int | BaseException]:
-        """The next token of each sequence by its row, or the exception its call fails with."""
-        with sequences[0].call.ambient.enter():
-            return self._sampler.sample(
-                self._logits[torch.tensor(rows, device=self._logits.device)], sequences
-            )
-
-
-def _is_simple(sequence: Sequence) -> bool:
-    """Whether nothing but the logits and the tokens themselves decides what follows, and where it ends."""
-    spec = sequence.call.sampling
-    return spec.plain and spec.stop_rules.simple
-
-
-def _goes_on(sequence: Sequence, draft: list[int], depth: int, accepted: dict[Sequence, int]) -> bool:
-    """Whether the newest token of a sequence was its draft at `depth`, and the one after it is wanted."""
-    return (
-        depth < len(draft)
-        and sequence.status is Status.RUNNING
-        # Rows that were finished before are given pads; they are not in `accepted`.
-        and (sequence.finish_reason is None or sequence not in accepted)
-        and sequence.token_ids[-1] == draft[depth]
-    )
 
 
 def _pads(sequence: Sequence) -> list[int]:

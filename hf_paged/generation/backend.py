@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from hf_paged.engine.beam_search import EntangledBeams
+from hf_paged.engine.beam_choice import EntangledBeams
 from hf_paged.engine.draws import default_generator
 from hf_paged.generation.adapters import chosen_rows, select_rows
 from hf_paged.generation.attended import ended_on_error, run_in_lockstep, run_streamed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from hf_paged.engine.drafting import Speculation
 from hf_paged.engine.prompt_lookup import PromptLookup
-from hf_paged.engine.speculation import Speculation
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.prepared import Prepared
 

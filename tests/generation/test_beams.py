@@ -158,7 +158,7 @@ def test_prompts_whose_end_depends_on_others_are_run_by_upstream(monkeypatch: py
     torch.manual_seed(2)
     expected = plain.generate(**batch, **options)
     state = torch.get_rng_state()
-    monkeypatch.setattr("hf_paged.engine.beam_search._UNTAKEN", float("inf"))  # nothing counts as settled
+    monkeypatch.setattr("hf_paged.engine.beam_choice._UNTAKEN", float("inf"))  # nothing counts as settled
     with hf_paged.enabled(model):
         torch.manual_seed(2)
         with pytest.warns(HfPagedFallbackWarning, match="beam_search"):
