@@ -63,11 +63,8 @@ def throughput(model: Any, args: argparse.Namespace) -> dict[str, Any]:
                     seconds[arm], results = one_after_another(model, jobs, args.states)
                 else:
                     seconds[arm], results = at_once(model, jobs, args.threads, args.states)
-                stats = hf_paged.stats(model)
             wrong += len(differing(jobs, results, wanted))
-        rounds.append(
-            seconds | {"ratio": seconds["one"] / seconds["many"], "mean_running": stats.mean_running}
-        )
+        rounds.append(seconds | {"ratio": seconds["one"] / seconds["many"]})
         print("  ".join(f"{name} {value:.2f}" for name, value in rounds[-1].items()), flush=True)
     return {
         "kinds": collections.Counter(job.kind for job in jobs),
