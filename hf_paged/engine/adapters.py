@@ -66,6 +66,12 @@ class AdapterHost(Protocol):
     def select(self, choice: Any) -> Selection | None:
         """The selection a user's choice stands for; None as the choice is `current()`."""
 
+    def problem(self) -> str | None:
+        """Why a step cannot run the adapter layers of the model, whatever is active; None where it can."""
+
+    def paths(self) -> dict[str, str]:
+        """Adapter name -> how its tokens are computed in a step: "grouped" or "by adapter"."""
+
     def row_choices(self) -> list[Any] | None:
         """The `adapter_names` PEFT was given for the `generate` of this thread, one a row."""
 

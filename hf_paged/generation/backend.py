@@ -134,9 +134,11 @@ def explain_call(
         del given["custom_generate"]
     reasons = early_reasons(model, replaced, engine, (), given)
     reasons += _reasons_after(model, engine, reasons, (), given)
-    if not reasons and engine.config.kv_cache_dtype == "int8":
-        return Explanation(True, notes=(_INT8_NOTE,))
-    return Explanation(not reasons, tuple(dict.fromkeys(reasons)))
+    paths = {} if engine.adapters is None else engine.adapters.paths()
+    if reasons:
+        return Explanation(False, tuple(dict.fromkeys(reasons)), adapters=dict.fromkeys(paths, "original"))
+    notes = (_INT8_NOTE,) if engine.config.kv_cache_dtype == "int8" else ()
+    return Explanation(True, notes=notes, adapters=paths)
 
 
 def is_ours(function: Any) -> bool:

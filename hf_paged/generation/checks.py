@@ -79,11 +79,15 @@ def early_reasons(
     """Reasons that are plain before upstream's preparation runs, which may touch a streamer or a hub."""
     if os.environ.get("HF_PAGED_DISABLE", "") not in ("", "0"):
         return [reason("disabled")]
+    problem = None
     if engine.adapters is not None:
         engine.adapters.sync()
+        problem = engine.adapters.problem()
     # Adapters per row are the engine's own business, as long as it looks after adapters.
     served = () if engine.adapters is None else ("adapter_names",)
     found = [FallbackReason(code, text) for code, text in engine.patch.reasons() if code not in served]
+    if problem is not None:
+        found.append(reason("adapter_kind", problem))
     if replaced is not None:
         found.append(reason("foreign_generate"))
     found.extend(reason("decoding_overridden", name) for name in _overridden(model))

@@ -10,8 +10,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hf_paged.engine.adapters import row_adapters
@@ -27,6 +27,7 @@ REASONS: dict[str, str] = {
     "foreign_generate": "`generate` of this model was replaced by somebody else",
     "decoding_overridden": "the model overrides a method of the decoding loop",
     "nested": "generate was called from within a step of an engine",
+    "adapter_kind": "a kind of adapter that cannot share a step",
     "custom_generate": "custom_generate is given",
     "hub_decoding": "this decoding mode is not one of transformers' own loops",
     "beam_search": "these beams cannot advance together",
@@ -82,14 +83,21 @@ class Explanation:
     reasons: tuple[FallbackReason, ...] = ()
     #: In what a native call's results differ from those of the original `generate`, by the user's own choice.
     notes: tuple[str, ...] = ()
+    #: Adapter name -> how tokens of rows that choose it are computed: "grouped" (one product with the base for
+    #: all rows, low-rank products for each group), "by adapter" (PEFT's own layers, one adapter's tokens after
+    #: another), or "original" (the original `generate()`).
+    adapters: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __bool__(self) -> bool:
         return self.native
 
     def __str__(self) -> str:
-        if self.native:
-            return "; ".join(("native", *self.notes))
-        return "falls back: " + "; ".join(map(str, self.reasons))
+        text = "; ".join(("native", *self.notes))
+        if not self.native:
+            text = "falls back: " + "; ".join(map(str, self.reasons))
+        if self.adapters:
+            text += ". Adapters: " + ", ".join(f"{name} {path}" for name, path in self.adapters.items())
+        return text
 
 
 class HfPagedFallbackWarning(UserWarning):

@@ -25,6 +25,7 @@ from hf_paged.engine.adapters import (
 )
 from hf_paged.errors import InvalidRequestError
 from hf_paged.integrations.peft_layers import active_state, run_in_step
+from hf_paged.integrations.peft_tuners import BY_ADAPTER, GROUPED, is_grouped, problem_with
 from hf_paged.patches.apply import AppliedPatch
 from hf_paged.patches.instance import InstancePatch
 
@@ -180,6 +181,18 @@ class PeftAdapters:
             for container in containers(layer)
             for name in entries(container)
         }
+
+    def problem(self) -> str | None:
+        return next((text for layer in self._present() if (text := problem_with(layer)) is not None), None)
+
+    def paths(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for layer in self._present():
+            for name in {name for container in containers(layer) for name in entries(container)}:
+                if not is_grouped(layer, name):
+                    found[name] = BY_ADAPTER
+                found.setdefault(name, GROUPED)
+        return dict(sorted(found.items()))
 
     def _selection(self, names: tuple[str, ...]) -> Selection:
         if not names:

@@ -101,7 +101,7 @@ def _refuse_merged(layer: Any) -> None:
 
 
 def _grouped_forward(layer: nn.Module) -> Callable[..., Tensor] | None:
-    """The forward that computes the base once, for layers whose own forward is the one known here."""
+    """The forward that computes the base once, for layers whose own forward is the one known here (`is_grouped`)."""
     from peft.tuners.lora import layer as lora
 
     forward = type(layer).forward

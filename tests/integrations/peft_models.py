@@ -39,13 +39,60 @@ LORA = [
     "tokens",
 ]
 OTHERS = ["ia3", "adalora", "vera", "oft", "boft", "loha", "lokr", "hra", "fourierft", "ln_tuning"]
+#: The rest of what PEFT has, and rarer kinds of LoRA.
+RARE = [
+    *(
+        "adamss",
+        "beft",
+        "bdlora",
+        "c3a",
+        "deft",
+        "delora",
+        "frod",
+        "glora",
+        "gralora",
+        "hira",
+        "kasa",
+        "mica",
+        "miss",
+    ),
+    *("monteclora", "osf", "peanut", "psoft", "pvera", "qalora", "randlora", "road", "shira", "supertuning"),
+    *("tinylora", "trainable_tokens", "unilora", "vblora", "velora", "waveft"),
+]
+#: Named fallbacks: experts mixed by the mean over all tokens; weights replaced while the layer runs.
+NOT_BY_TOKEN = ["lily", "target_parameters"]
 #: Virtual tokens before each prompt: named fallbacks.
-PROMPT_LEARNING = ["prompt", "prefix", "p_tuning"]
-_NO_CONV1D = {"olora", "oft", "boft", "loha", "lokr", "hra"}
+PROMPT_LEARNING = ["prompt", "prefix", "p_tuning", "cpt", "cartridge"]
+#: Tuners whose PEFT serves `adapter_names`, each by itself and mixed with the base.
+ADAPTER_NAMES = {
+    *LORA, "bdlora", "glora", "kasa", "mica", "monteclora", "qalora", "road", "velora",
+} - {"dora", "modules_to_save", "norm_to_save", "mlp_to_save", "tokens"}  # fmt: skip
+_NO_CONV1D = {
+    *(
+        "adamss",
+        "olora",
+        "oft",
+        "boft",
+        "loha",
+        "lokr",
+        "hra",
+        "beft",
+        "bdlora",
+        "c3a",
+        "delora",
+        "glora",
+        "kasa",
+        "lily",
+        "miss",
+    ),
+    *("osf", "peanut", "psoft", "road", "shira", "supertuning", "target_parameters"),
+}
 
 
 def supported(family: str, tuner: str) -> bool:
     """Whether PEFT itself can put `tuner` on the family: several do not know GPT-2's `Conv1D`."""
+    if tuner == "trainable_tokens":
+        return family == "llama"  # elsewhere PEFT's own head is tied to it and fails
     return not (family == "gpt2" and tuner in _NO_CONV1D)
 
 
@@ -100,8 +147,77 @@ def config(family: str, tuner: str = "lora", **options: Any) -> Any:
         "prefix": (peft.PrefixTuningConfig, {"num_virtual_tokens": 4}),
         "p_tuning": (peft.PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
     }
-    kind, defaults = others[tuner]
+    if tuner in others:
+        kind, defaults = others[tuner]
+    else:
+        kind, defaults = _rare(family, tuner)
     return kind(task_type="CAUSAL_LM", **(defaults | options))
+
+
+def _rare(family: str, tuner: str) -> tuple[Any, dict[str, Any]]:
+    from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+
+    fan = {"fan_in_fan_out": family == "gpt2"}
+    many, square = {"target_modules": _TARGETS[family]}, {"target_modules": _SQUARE[family]}
+    drawn = {"init_weights": False}
+    lora = many | fan | {"r": 4, "init_lora_weights": False}
+    table: dict[str, tuple[str, dict[str, Any]]] = {
+        "adamss": ("AdamssConfig", square | {"r": 8, "num_subspaces": 2}),
+        "bdlora": (
+            "LoraConfig",
+            lora | {"use_bdlora": BdLoraConfig(nblocks=2, target_modules_bd_a=_TARGETS[family])},
+        ),
+        "beft": ("BeftConfig", many | drawn),
+        "c3a": ("C3AConfig", square | drawn | {"block_size": 16}),
+        "cartridge": ("CartridgeConfig", {"num_virtual_tokens": 4}),
+        "cpt": (
+            "CPTConfig",
+            {"cpt_token_ids": [3, 4, 5, 6], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1] * 4},
+        ),
+        "deft": ("DeftConfig", many | drawn | fan | {"r": 4}),
+        "delora": ("DeloraConfig", many | drawn | {"r": 4}),
+        "frod": ("FrodConfig", square | drawn | fan | {"progressbar": False}),
+        "glora": ("GloraConfig", many | drawn | {"r": 4}),
+        "gralora": ("GraloraConfig", many | drawn | fan | {"r": 4, "gralora_k": 2}),
+        "hira": ("HiraConfig", many | drawn | fan | {"r": 4}),
+        "kasa": ("LoraConfig", lora | {"kasa_config": KasaConfig()}),
+        "lily": ("LilyConfig", square | drawn | {"r": 4, "num_B": 2}),
+        "mica": ("LoraConfig", lora | {"init_lora_weights": "mica"}),
+        "miss": ("MissConfig", many | drawn | {"r": 4}),
+        "monteclora": ("LoraConfig", lora | {"monteclora_config": MontecloraConfig()}),
+        "osf": ("OSFConfig", many | {"effective_rank": 8}),
+        "peanut": ("PeanutConfig", many | drawn | {"r": 4}),
+        "psoft": ("PsoftConfig", many | drawn | fan | {"r": 4}),
+        "pvera": ("PveraConfig", square | drawn | fan | {"r": 4}),
+        "qalora": ("LoraConfig", lora | {"use_qalora": True, "qalora_group_size": 8}),
+        "randlora": ("RandLoraConfig", square | drawn | fan | {"r": 4}),
+        "road": ("RoadConfig", many | drawn | {"group_size": 8}),
+        "shira": ("ShiraConfig", many | drawn | fan | {"r": 4, "random_seed": 3}),
+        "supertuning": ("SupertuningConfig", many | {"sparsity": 0.9}),
+        "target_parameters": (
+            "LoraConfig",
+            lora
+            | {
+                "target_modules": [],
+                "target_parameters": ["q_proj.weight" if family == "llama" else "c_fc.weight"],
+            },
+        ),
+        "tinylora": ("TinyLoraConfig", many | fan | {"r": 2, "u": 8}),
+        "trainable_tokens": (
+            "TrainableTokensConfig",
+            {
+                "token_indices": [3, 4, 5, 6, 7, 8],
+                "target_modules": [_EMBEDDING[family]],
+                "init_weights": False,
+            },
+        ),
+        "unilora": ("UniLoraConfig", many | drawn | fan | {"r": 4, "theta_d_length": 32}),
+        "vblora": ("VBLoRAConfig", square | fan | {"r": 4, "num_vectors": 16, "vector_length": 8}),
+        "velora": ("LoraConfig", lora | {"velora_config": VeloraConfig(num_groups=4)}),
+        "waveft": ("WaveFTConfig", many | drawn | fan | {"n_frequency": 40}),
+    }
+    name, options = table[tuner]
+    return getattr(peft, name), options
 
 
 def peft_model(family: str, configs: dict[str, Any], *, strength: float = 0.3, **overrides: Any) -> Any:

@@ -1,4 +1,4 @@
-"""PEFT adapters on an enabled model: the active one, per row, per request; every tuner in every family."""
+"""PEFT adapters on an enabled model: the active one, per row, per request. `test_peft_table` has every tuner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import hf_paged
 from tests.helpers import EOS, FAMILIES, left_pad, make_model, native_calls, random_prompts
-from tests.integrations.peft_models import LORA, OTHERS, PROMPT_LEARNING, alone, config, peft_model, supported
+from tests.integrations.peft_models import alone, config, peft_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -20,7 +20,6 @@ pytestmark = [
 PROMPTS = random_prompts([9, 4, 20, 33, 7, 5])
 NAMES = ["a", "__base__", "b", "a", "b", "__base__"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
-CASES = [(family, tuner) for family in FAMILIES for tuner in (*LORA, *OTHERS) if supported(family, tuner)]
 
 
 def tokens_of(output: torch.Tensor, width: int) -> list[list[int]]:
@@ -30,43 +29,7 @@ def tokens_of(output: torch.Tensor, width: int) -> list[list[int]]:
 
 
 def two(family: str, tuner: str) -> Any:
-    # PEFT trains one AdaLoRA at a time.
-    second = {"inference_mode": True} if tuner == "adalora" else {}
-    strength = 2.0 if tuner in ("loha", "boft", "orthogonal") else 0.3
-    configs = {"a": config(family, tuner), "b": config(family, tuner, **second)}
-    return peft_model(family, configs, strength=strength)
-
-
-@pytest.mark.parametrize("family, tuner", CASES)
-def test_every_tuner_alone_and_mixed(family: str, tuner: str) -> None:
-    model = two(family, tuner)
-    expected = [alone(model, prompt, name) for prompt, name in zip(PROMPTS, NAMES, strict=True)]
-    assert alone(model, PROMPTS[0], "a") != alone(model, PROMPTS[0], "b"), "the adapters change nothing"
-    model.set_adapter("a")
-    before = model.generate(**left_pad(PROMPTS), **GREEDY)
-    hf_paged.enable(model)
-    with native_calls(model):
-        after = model.generate(**left_pad(PROMPTS), **GREEDY)
-    assert torch.equal(before, after)
-    assert hf_paged.explain(model, **left_pad(PROMPTS), **GREEDY).native
-    with native_calls(model, len(PROMPTS)):
-        results = hf_paged.generate_many(model, PROMPTS, adapters=NAMES, **GREEDY)
-    assert [r.token_ids for r in results] == expected
-    with native_calls(model):
-        rows = model.generate(**left_pad(PROMPTS), **GREEDY, adapter_names=NAMES)
-    assert tokens_of(rows, 33) == expected
-    hf_paged.disable(model)
-    assert torch.equal(model.generate(**left_pad(PROMPTS), **GREEDY), before)
-
-
-@pytest.mark.parametrize("tuner", PROMPT_LEARNING)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_virtual_tokens_are_a_named_fallback(family: str, tuner: str) -> None:
-    model = peft_model(family, {"default": config(family, tuner)})
-    expected = model.generate(**left_pad(PROMPTS), **GREEDY)
-    hf_paged.enable(model, fallback="silent")
-    assert torch.equal(model.generate(**left_pad(PROMPTS), **GREEDY), expected)
-    assert hf_paged.stats(model).fallback_calls == {"prepare_inputs_replaced": 1}
+    return peft_model(family, {"a": config(family, tuner), "b": config(family, tuner)})
 
 
 @pytest.mark.parametrize("sampled", [False, True])
