@@ -6,17 +6,19 @@ law, on GPT-2 124M with random weights in float32. Arms:
   mixed    PEFT: padded batches of neighbours with adapter_names
   paged    hf_paged.generate_many(adapters=[...])
   base     hf_paged.generate_many of the same requests on a model without adapters
-The last two run in turn, --repeats times. The first two run once with each of --sizes, on whole batches spread over the
-work that cover about --subset requests, and the best rate counts. Tokens are compared between arms. Each result is
-written to --json as soon as it is there.
+PEFT's arms are tried once with each of --sizes; then all four run in turn, --repeats times, PEFT's at their best
+size, on whole batches spread over the work that cover about --subset requests. Tokens are compared between arms.
+Results are written to --json as they come, and --resume goes on from there.
 
     python benchmarks/adapters.py [--model gpt2-124m] [--requests 64] [--adapters 16] [--rank 16]
-        [--repeats 3] [--subset 24] [--json FILE]
+        [--repeats 3] [--subset 24] [--json FILE] [--resume] [--minutes M]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import random
 import statistics
 import tempfile
@@ -29,6 +31,7 @@ from typing import Any
 import peft
 import psutil
 import torch
+from transformers import GenerationConfig
 
 import hf_paged
 from hf_paged._env import environment
@@ -138,22 +141,15 @@ def run_paged(model: Any, requests: list[Request], names: list[str] | None) -> O
         results = hf_paged.generate_many(
             model,
             [list(r.prompt) for r in requests],
-            generation_config=[_limited(model, r.max_new_tokens) for r in requests],
+            generation_config=[
+                GenerationConfig(
+                    max_new_tokens=r.max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None
+                )
+                for r in requests
+            ],
             adapters=names,
         )
     return [r.token_ids for r in results]
-
-
-def _limited(model: Any, limit: int) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(max_new_tokens=limit, do_sample=False, pad_token_id=0, eos_token_id=None)
-
-
-def timed(run: Callable[[], Outputs]) -> tuple[float, Outputs]:
-    start = time.perf_counter()
-    outputs = run()
-    return time.perf_counter() - start, outputs
 
 
 def agreement(tokens: Outputs, others: dict[int, list[int]]) -> float:
@@ -161,58 +157,107 @@ def agreement(tokens: Outputs, others: dict[int, list[int]]) -> float:
     return sum(tokens[i] == other for i, other in others.items()) / len(others)
 
 
-def measure(arguments: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Runs all arms; `keep` is called with what there is after each."""
-    model, memory = build(arguments.model, arguments.adapters, arguments.rank)
-    base = build_random(arguments.model, parse_dtype("float32"))
-    workload = workload_from_lengths(
-        "design",
-        arguments.requests,
-        vocab_size=base.config.vocab_size,
-        max_positions=position_limit(base),
-        seed=arguments.seed,
-    )
-    requests = list(workload.requests)
-    names = choose(len(requests), arguments.adapters, arguments.seed)
-    run_paged(model, requests[:4], names[:4])  # loads what is loaded once a process
-    run_paged(base, requests[:4], None)
-    cpu_runtime.wait_for_loading()
-    run_paged(model, requests[:4], names[:4])
-    cpu_runtime.wait_for_loading()
-    arms: dict[str, Callable[[], Outputs]] = {
-        "paged": lambda: run_paged(model, requests, names),
-        "base": lambda: run_paged(base, requests, None),
-    }
-    rounds: list[dict[str, float]] = []
-    total = sum(r.max_new_tokens for r in requests)
-    result: dict[str, Any] = {
-        "workload": workload.describe()
-        | {"adapters": arguments.adapters, "rank": arguments.rank, "used": len(set(names))},
-        "memory_per_adapter": memory,
-        "seconds": rounds,
-        "peft": {"mixed": [], "groups": []},
-        "same_requests": {},
-    }
-    for turn in range(arguments.repeats):
-        runs = {name: timed(arms[name]) for name in (arms if turn % 2 == 0 else reversed(arms))}
-        rounds.append({name: seconds for name, (seconds, _) in runs.items()})
-        print("  ".join(f"{name} {seconds:.1f} s" for name, seconds in rounds[-1].items()), flush=True)
-        keep(result)
-    ours = runs["paged"][1]
-    rates = {name: total / statistics.median(r[name] for r in rounds) for name in arms}
-    ratios = {"paged / base": statistics.median(r["base"] / r["paged"] for r in rounds)}
-    for arm, measured in result["peft"].items():
-        for size in map(int, arguments.sizes.split(",")):
-            one, outputs = run_peft(
-                arm, model, requests, names, size, arguments.subset or None, arguments.seed
-            )
-            measured.append(one)
-            result["same_requests"][arm] = agreement(ours, outputs)
-            print(f"{arm} in batches of {size}: {one['tokens_per_second']:.1f} tokens/s", flush=True)
-            keep(result)
-        rates[arm] = max(one["tokens_per_second"] for one in measured)
-        ratios[f"paged / {arm}"] = rates["paged"] / rates[arm]
-    return result | {"tokens_per_second": rates, "ratios": ratios}
+class Benchmark:
+    """The arms on one load, and the results so far. `keep` is called after each run, so that a run may be cut short."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, result: dict[str, Any], keep: Callable[[], None]
+    ) -> None:
+        self.arguments, self.result, self.keep = arguments, result, keep
+        self.model, memory = build(arguments.model, arguments.adapters, arguments.rank)
+        self.base = build_random(arguments.model, parse_dtype("float32"))
+        workload = workload_from_lengths(
+            "design",
+            arguments.requests,
+            vocab_size=self.base.config.vocab_size,
+            max_positions=position_limit(self.base),
+            seed=arguments.seed,
+        )
+        self.requests = list(workload.requests)
+        self.names = choose(len(self.requests), arguments.adapters, arguments.seed)
+        self.outputs: dict[str, dict[int, list[int]]] = {}
+        self.deadline = time.monotonic() + 60 * arguments.minutes
+        about = {"adapters": arguments.adapters, "rank": arguments.rank, "used": len(set(self.names))}
+        result["workload"] = workload.describe() | about
+        result.setdefault("memory_per_adapter", memory)
+        result.setdefault("trials", {"mixed": [], "groups": []})
+        result.setdefault("rounds", [])
+        result.setdefault("same_requests", {})
+
+    def warm_up(self) -> None:
+        """Loads what is loaded once a process."""
+        run_paged(self.model, self.requests[:4], self.names[:4])
+        run_paged(self.base, self.requests[:4], None)
+        cpu_runtime.wait_for_loading()
+        run_paged(self.model, self.requests[:4], self.names[:4])
+        cpu_runtime.wait_for_loading()
+
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def peft_arm(self, arm: str, size: int) -> dict[str, Any]:
+        subset = self.arguments.subset or None
+        measured, outputs = run_peft(
+            arm, self.model, self.requests, self.names, size, subset, self.arguments.seed
+        )
+        self.outputs.setdefault(arm, {}).update(outputs)
+        return measured
+
+    def paged_arm(self, arm: str) -> dict[str, Any]:
+        model, names = (self.model, self.names) if arm == "paged" else (self.base, None)
+        start = time.perf_counter()
+        outputs = run_paged(model, self.requests, names)
+        seconds = time.perf_counter() - start
+        self.outputs[arm] = dict(enumerate(outputs))
+        tokens = sum(r.max_new_tokens for r in self.requests)
+        return {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+    def try_sizes(self) -> bool:
+        """Each of PEFT's arms once with each batch size. Returns whether all have been tried."""
+        for arm, tried in self.result["trials"].items():
+            for size in map(int, self.arguments.sizes.split(",")):
+                if any(one["size"] == size for one in tried):
+                    continue
+                if self.out_of_time():
+                    return False
+                tried.append(self.peft_arm(arm, size))
+                print(
+                    f"{arm} in batches of {size}: {tried[-1]['tokens_per_second']:.1f} tokens/s", flush=True
+                )
+                self.keep()
+        return True
+
+    def run_rounds(self) -> bool:
+        """All four arms in turn, each round beginning with another one; PEFT's at their best size."""
+        best = {
+            arm: max(tried, key=lambda one: one["tokens_per_second"])["size"]
+            for arm, tried in self.result["trials"].items()
+        }
+        arms = ["paged", "base", *best]
+        for turn in range(len(self.result["rounds"]), self.arguments.repeats):
+            if self.out_of_time():
+                return False
+            runs = {}
+            for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
+                runs[arm] = self.peft_arm(arm, best[arm]) if arm in best else self.paged_arm(arm)
+            self.result["rounds"].append(runs)
+            ours = self.outputs["paged"]
+            for arm in best:
+                self.result["same_requests"][arm] = agreement(ours, self.outputs[arm])
+            shown = (f"{arm} {run['tokens_per_second']:.1f}" for arm, run in runs.items())
+            print("tokens/s: " + "  ".join(shown), flush=True)
+            self.keep()
+        return True
+
+    def sum_up(self) -> None:
+        """Ratios of each round, and their medians."""
+        rounds = self.result["rounds"]
+        self.result["ratios"] = {}
+        for label in TARGETS:
+            one, other = label.split(" / ")
+            each = [r[one]["tokens_per_second"] / r[other]["tokens_per_second"] for r in rounds]
+            self.result["ratios"][label] = {"median": statistics.median(each), "all": each}
+        self.keep()
 
 
 def main() -> None:
@@ -226,18 +271,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on where --json ended")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so long")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    result: dict[str, Any] = {"environment": environment()}
+    if arguments.resume and arguments.json and arguments.json.is_file():
+        result = json.loads(arguments.json.read_text())
 
-    def keep(result: dict[str, Any]) -> None:
+    def keep() -> None:
         if arguments.json:
-            write_json(arguments.json, {"environment": environment(), **result})
+            write_json(arguments.json, result)
 
-    result = measure(arguments, keep)
-    keep(result)
+    bench = Benchmark(arguments, result, keep)
+    bench.warm_up()
+    if not (bench.try_sizes() and bench.run_rounds()):
+        print("not finished: run again with --resume")
+        raise SystemExit(2)
+    bench.sum_up()
     missed = 0
     for label, target in TARGETS.items():
-        ratio = result["ratios"][label]
+        ratio = result["ratios"][label]["median"]
         missed += ratio < target
         print(f"{label}: {ratio:.2f} (must be ≥ {target:g}){'' if ratio >= target else '  MISSED'}")
     print(f"requests with the same tokens: {result['same_requests']}")

@@ -34,6 +34,9 @@ class PagedConfig:
     #: A request's tokens and log-probabilities are the same bits alone, in any batch, preempted, chunked or with a
     #: prefix hit. CPU only so far. A call that would fall back raises instead, whatever `fallback` says.
     deterministic: bool = False
+    #: Adapters loaded from folders (`load_adapter`) that are in the model at a time; others are read again when
+    #: a request wants them. None: all of them.
+    max_resident_adapters: int | None = None
     cache_salt: str = ""  # prefixes are only shared between requests of one salt
 
     def __post_init__(self) -> None:
@@ -41,6 +44,8 @@ class PagedConfig:
         _check_int("max_num_seqs", self.max_num_seqs, 1, 2**20)
         if self.max_num_batched_tokens is not None:
             _check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**24)
+        if self.max_resident_adapters is not None:
+            _check_int("max_resident_adapters", self.max_resident_adapters, 1, 2**20)
         if self.kv_cache_memory is not None:
             parse_bytes("kv_cache_memory", self.kv_cache_memory)
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "int8"))

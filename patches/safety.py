@@ -132,12 +132,12 @@ def _walk_modules(model: nn.Module, forwards: dict[int, Callable[..., Any]]) -> 
         if state.get("_compiled_call_impl") is not None:
             walk.add("compiled_forward", f"{type(module).__name__} runs through torch.compile")
         if parameters := state["_parameters"]:
-            for parameter in parameters.values():
+            for parameter in tuple(parameters.values()):  # adapters may come and go meanwhile
                 if parameter is not None:
                     parameter_classes.add(type(parameter))
                     devices.add(parameter.device)
         if children := state["_modules"]:
-            new = [child for child in children.values() if child not in seen]
+            new = [child for child in tuple(children.values()) if child not in seen]
             seen.update(new)
             stack += new
     return walk

@@ -47,8 +47,14 @@ RULES = {
     "hf_paged.engine.block_manager": below("engine.request", *_POLICY, banned=_OUTER),
     "hf_paged.engine.groups": below("engine.request", "engine.block_manager", *_POLICY, banned=_OUTER),
     "hf_paged.engine.scheduler": below(
-        "engine.request", "engine.block_manager", "engine.groups", *_POLICY, banned=_OUTER
+        "engine.request",
+        "engine.block_manager",
+        "engine.groups",
+        "engine.adapter_gate",
+        *_POLICY,
+        banned=_OUTER,
     ),
+    "hf_paged.engine.adapter_gate": below("engine.request", *_POLICY, banned=_OUTER),
     "hf_paged.patches": below("patches", "kernels", *_POLICY),
     "hf_paged.generation": below("generation", "engine", *_POLICY),
     "hf_paged.integrations": below(

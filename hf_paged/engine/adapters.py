@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Selection:
     """
 
     names: tuple[str, ...]
-    parts: tuple[AdapterPart, ...] = ()
+    parts: tuple[Present, ...] = ()
 
     @property
     def is_present(self) -> bool:
@@ -38,6 +38,13 @@ class Selection:
 
     def __str__(self) -> str:
         return " + ".join(self.names) or BASE
+
+
+class Present(Protocol):
+    """What an adapter is told by."""
+
+    @property
+    def is_present(self) -> bool: ...
 
 
 class AdapterPart:
@@ -71,6 +78,20 @@ class AdapterHost(Protocol):
 
     def paths(self) -> dict[str, str]:
         """Adapter name -> how its tokens are computed in a step: "grouped" or "by adapter"."""
+
+    def bring_in(self, selections: Iterable[Selection], in_use: Iterable[Selection]) -> bool:
+        """Puts the adapters of `selections` into the model. False where those `in_use` leave no room for them.
+
+        Raises:
+            InvalidRequestError: one cannot be read.
+        """
+
+    def num_loads(self, selection: Selection) -> int:
+        """Grows when an adapter of it was brought in again."""
+
+    @property
+    def most_resident(self) -> int | None:
+        """How many adapters may be in the model at a time; None for any number."""
 
     def row_choices(self) -> list[Any] | None:
         """The `adapter_names` PEFT was given for the `generate` of this thread, one a row."""

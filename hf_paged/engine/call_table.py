@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from hf_paged.config import PagedConfig
+from hf_paged.engine.adapter_gate import AdapterGate
 from hf_paged.engine.assistant import Assistant, AssistantHost, NoAssistants
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
 from hf_paged.engine.runtime import Runtime
@@ -49,6 +50,7 @@ class CallTable:
         self.assistants: AssistantHost = NoAssistants()  # set by `enable`
         self.speculator = Speculator(lambda model: Assistant(model, self.assistants, config))
         self.guard = WeightsGuard()
+        self.gate: AdapterGate | None = None  # set where the number of adapters in the model is bounded
         self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)
         self.dropped: deque[Call] = deque()  # calls nobody waits for any more
         self.failure: BaseException | None = None  # what the last step or the turning of it failed with
@@ -78,6 +80,7 @@ class CallTable:
                     )
                 runtime.close()
             self.runtime = Runtime(geometry, self.config)
+            self.runtime.scheduler.gate = self.gate
             return self.runtime
 
     def take_up(self, call: Call) -> None:

@@ -8,15 +8,16 @@ the step loop, its scheduler and its pool (`hf_paged.engine.loop`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_paged.config import PagedConfig
+from hf_paged.engine.adapter_gate import AdapterGate
 from hf_paged.engine.adapters import AdapterHost, Selection
 from hf_paged.engine.ambient import Ambient
 from hf_paged.engine.assistant import AssistantHost
@@ -106,6 +107,27 @@ class PagedEngine:
         selections = {s.adapters for s in call.sequences if s.own_namespace is not None}
         if selections:
             assign(call, self.namespaces(selections, call.salt))
+
+    def bound_adapters(self, host: AdapterHost) -> None:
+        """Sequences start only once `host` has brought their adapters into the model."""
+        self._loop.gate = AdapterGate(host, self._renew_one)
+
+    @contextmanager
+    def entered(self, selection: Selection | None) -> Iterator[None]:
+        """Makes `selection` active in the model itself for a block, for what runs without the engine."""
+        assert self.adapters is not None
+        with ExitStack() as stack:
+            if selection is not None and self.adapters.most_resident is not None:
+                with self.paused():  # what is active stays in the model
+                    self.adapters.bring_in([selection], ())
+                    stack.enter_context(self.adapters.entered(selection))
+            else:
+                stack.enter_context(self.adapters.entered(selection))
+            yield
+
+    def _renew_one(self, seq: Sequence) -> None:
+        if seq.own_namespace is not None:
+            seq.own_namespace = self.namespaces([seq.adapters], seq.call.salt)[seq.adapters]
 
     def set_assistants(self, host: AssistantHost) -> None:
         """Who patches the assistant models of calls that speculate."""
@@ -205,6 +227,13 @@ class PagedEngine:
     def _check_group(self, group: SequenceGroup, capacity: int) -> None:
         size = self.config.block_size
         lengths = [s.prompt_len for s in group.sequences[:: group.num_beams]]
+        selections = {s.adapters for s in group.sequences if s.adapters is not None}
+        names = {name for selection in selections for name in selection.names}
+        most = None if self.adapters is None else self.adapters.most_resident
+        if most is not None and len(names) > most:
+            raise InvalidRequestError(
+                f"beams that advance together use {len(names)} adapters; max_resident_adapters is {most}"
+            )
         needed = size * most_blocks(lengths, group.sequences[0].max_new_tokens, group.num_beams, size)
         if needed > capacity or len(group.sequences) > self.config.max_num_seqs:
             raise InvalidRequestError(

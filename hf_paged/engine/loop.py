@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_paged.engine import batch, beam_steps, lockstep, positions, states
+from hf_paged.engine.adapter_gate import AdapterGate
 from hf_paged.engine.call_table import CallTable
 from hf_paged.engine.given_kv import write_given
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
@@ -51,6 +52,8 @@ class StepLoop(CallTable):
         plan = runtime.scheduler.schedule()
         while plan is None and impatient and runtime.scheduler.make_room():
             plan = runtime.scheduler.schedule()
+        if self.gate is not None and self._adapters_moved(self.gate):
+            return True
         if plan is None:
             if self.attended:
                 return False
@@ -58,6 +61,20 @@ class StepLoop(CallTable):
             return True
         self._run(runtime, plan, start)
         return True
+
+    def _adapters_moved(self, gate: AdapterGate) -> bool:
+        """Takes notice of adapters that came and went while a step was planned.
+
+        Returns:
+            Whether calls failed for them, so that the step has to be planned again.
+        """
+        if gate.moved:
+            gate.moved = False
+            self.guard.watch_again()
+        failed, gate.failed = gate.failed, []
+        for call, error in failed:
+            self.fail([call], error)
+        return bool(failed)
 
     def _run(self, runtime: Runtime, plan: StepPlan, start: float) -> None:
         for seq in plan.sequences:

@@ -56,6 +56,9 @@ class Sequence:
     num_pad: int = 0
     #: Adapters it runs with; None: whatever the model runs with when a step comes.
     adapters: Selection | None = None
+    adapter_loads: int | None = (
+        None  # `AdapterHost.num_loads` when its namespace was made; None: not asked yet
+    )
     #: Its own prefix-cache namespace, where rows of a call have different adapters.
     own_namespace: bytes | None = None
     #: Another sequence of the call with the same prompt: its blocks are forked when its prompt is computed.

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from hf_paged.engine import groups
+from hf_paged.engine.adapter_gate import AdapterGate
 from hf_paged.engine.block_manager import BlockManager
 from hf_paged.engine.request import Call, Sequence, SequenceGroup, Status
 from hf_paged.step import StepPlan
@@ -43,6 +44,7 @@ class Scheduler:
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
         self.waiting: list[Sequence] = []  # by (priority, arrival)
         self.running: list[Sequence] = []  # by (priority, arrival)
+        self.gate: AdapterGate | None = None  # set where the number of adapters in the model is bounded
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self._arrivals = 0
@@ -173,6 +175,8 @@ class Scheduler:
         admitted: list[int] = []  # places in `waiting`
         taken = self._num_places
         held = sum(1 for s in self.running if s.handed_over)  # they take no part in a step
+        if self.gate is not None:
+            self.gate.begin()
         for place, seq in enumerate(self.waiting):
             if budget <= 0 or taken - held >= self.max_num_seqs:
                 break
@@ -183,6 +187,8 @@ class Scheduler:
                     continue  # started with its group, a few places before
                 if not self._has_room_for(seq.group, taken):
                     break
+                if not self._adapters_are_there(seq.group.sequences, chosen):
+                    continue
                 started = self._start_group(seq.group, chosen, copies, budget)
                 if started is None:
                     break
@@ -196,7 +202,7 @@ class Scheduler:
             needed = self.manager.blocks_for(seq.num_tokens) + 1
             if taken and needed + taken > self.manager.num_available:
                 break
-            if not self.manager.attach_prefix(seq):
+            if not self._adapters_are_there([seq], chosen) or not self.manager.attach_prefix(seq):
                 continue
             hit = seq.num_computed
             if seq.given_kv is not None:
@@ -222,6 +228,10 @@ class Scheduler:
             admitted.append(place)
         for place in reversed(admitted):
             bisect.insort(self.running, self.waiting.pop(place), key=_order)
+
+    def _adapters_are_there(self, starting: list[Sequence], chosen: dict[Sequence, int]) -> bool:
+        """Whether the adapters of what starts are in the model, or could be brought in now."""
+        return self.gate is None or self.gate.admits(starting, {*self.running, *chosen})
 
     def _has_room_for(self, group: SequenceGroup, taken: int) -> bool:
         """Whether a waiting group may start beside `taken` others; alone it always may: it was checked to fit."""

@@ -88,7 +88,7 @@ def adapters_version(modules: Iterable[nn.Module], names: tuple[str, ...] | None
             continue
         if names is None:
             facts.append((vars(layer).get("_active_adapter"), vars(layer).get("_disable_adapters")))
-            own = dict.fromkeys(name for container in containers(layer) for name in entries(container))
+            own = dict.fromkeys(name for container in containers(layer) for name in tuple(entries(container)))
         else:
             own = dict.fromkeys(names)
         for name in own:

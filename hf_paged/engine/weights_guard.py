@@ -59,6 +59,11 @@ class WeightsGuard:
         self._watched, self._running = None, False
         self._drop_snapshot()
 
+    def watch_again(self) -> None:
+        """The model has other tensors now: those that left are let go, and the next look is a full one."""
+        self._watched, self._next_check = None, 0.0
+        self._drop_snapshot()
+
     def _is_as_known(self, sequences: Collection[Sequence]) -> bool:
         if self._snapshot is None or not self._snapshot.holds():
             return False

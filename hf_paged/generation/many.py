@@ -131,7 +131,7 @@ def _call(
 
 
 def _active_in_model(engine: PagedEngine, selection: Selection | None) -> AbstractContextManager[None]:
-    return nullcontext() if engine.adapters is None else engine.adapters.entered(selection)
+    return nullcontext() if engine.adapters is None else engine.entered(selection)
 
 
 @contextmanager

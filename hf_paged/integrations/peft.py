@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from hf_paged.engine.adapters import (
     BASE,
     AdapterPart,
+    Present,
     RowAdapters,
     Selection,
     base_modules,
@@ -25,6 +26,7 @@ from hf_paged.engine.adapters import (
 )
 from hf_paged.errors import InvalidRequestError
 from hf_paged.integrations.peft_layers import active_state, run_in_step
+from hf_paged.integrations.peft_residency import Residency
 from hf_paged.integrations.peft_tuners import BY_ADAPTER, GROUPED, is_grouped, problem_with
 from hf_paged.patches.apply import AppliedPatch
 from hf_paged.patches.instance import InstancePatch
@@ -38,15 +40,20 @@ class PeftAdapters:
     Args:
         model: the HF model.
         applied: its patch; the layers bound here come off with it.
+        most_resident: adapters loaded from folders that are in the model at a time; None for all.
     """
 
-    def __init__(self, model: nn.Module, applied: AppliedPatch) -> None:
+    def __init__(self, model: nn.Module, applied: AppliedPatch, most_resident: int | None = None) -> None:
         self._model = weakref.ref(model)
         self._applied = weakref.ref(applied)
         self._layers: dict[int, weakref.ref[nn.Module]] = {}  # by id
         self._parts: dict[str, AdapterPart] = {}
         self._tuner_patch: InstancePatch | None = None
         self._lock = threading.Lock()
+        self.most_resident = most_resident
+        self.residency = (
+            None if most_resident is None else Residency(most_resident, self._tuners, self._part_in_model)
+        )
 
     # --- layers -------------------------------------------------------------------------------------------------------
 
@@ -70,6 +77,9 @@ class PeftAdapters:
     def _present(self) -> list[Any]:
         return [layer for reference in self._layers.values() if (layer := reference()) is not None]
 
+    def _tuners(self) -> list[Any]:
+        return [layer for layer in self._present() if hasattr(layer, "merged_adapters")]
+
     def follow(self, tuner: nn.Module) -> None:
         """Takes `adapter_names` from PEFT's own calls through `tuner`, thread by thread.
 
@@ -81,11 +91,12 @@ class PeftAdapters:
 
         @contextmanager
         def enable_peft_forward_hooks(*args: Any, **kwargs: Any) -> Iterator[None]:
-            rows = RowAdapters(
-                model(),
-                kwargs.get("adapter_names"),
-                ours=method is None and bool(kwargs.get("adapter_names")),
-            )
+            names = kwargs.get("adapter_names")
+            ours = method is None and bool(names)
+            if names and self.residency is not None and (out := self._out_of_model(names)):
+                # PEFT knows nothing of these. Its hooks serve forwards outside of steps only, and there are none.
+                kwargs["adapter_names"], ours = [BASE if name in out else name for name in names], True
+            rows = RowAdapters(model(), names, ours=ours)
             token = row_adapters.set(rows)
             try:
                 hooks = nullcontext() if method is None else method(reference(), *args, **kwargs)
@@ -161,6 +172,10 @@ class PeftAdapters:
                     f"adapter {choice!r}: {', '.join(merged)} merged into the weights; call unmerge_adapter() first"
                 )
         self._check_chooseable(names)
+        if self.most_resident is not None and len(names) > self.most_resident:
+            raise InvalidRequestError(
+                f"{len(names)} adapters for one request; max_resident_adapters is {self.most_resident}"
+            )
         return self._selection(names)
 
     def _check_chooseable(self, names: tuple[str, ...]) -> None:
@@ -174,13 +189,29 @@ class PeftAdapters:
                     )
 
     def names(self) -> set[str]:
-        """The names of all adapters that a layer has a part of."""
+        """The names of all adapters that a layer has a part of, or that can be brought in."""
+        known = () if self.residency is None else self.residency.names()
         return {
             name
             for layer in self._present()
             for container in containers(layer)
-            for name in entries(container)
-        }
+            for name in tuple(entries(container))
+        }.union(known)
+
+    def bring_in(self, selections: Iterable[Selection], in_use: Iterable[Selection]) -> bool:
+        if self.residency is None:
+            return True
+        wanted, used = ({name for s in some for name in s.names} for some in (selections, in_use))
+        return self.residency.bring_in(wanted, used)
+
+    def num_loads(self, selection: Selection) -> int:
+        return 0 if self.residency is None else self.residency.num_loads(selection.names)
+
+    def _out_of_model(self, names: Any) -> set[str]:
+        assert self.residency is not None
+        known = self.residency.names()
+        found = (self.residency.get(name) for name in names if name in known)
+        return {one.name for one in found if one is not None and one.part is None}
 
     def problem(self) -> str | None:
         return next((text for layer in self._present() if (text := problem_with(layer)) is not None), None)
@@ -188,10 +219,14 @@ class PeftAdapters:
     def paths(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for layer in self._present():
-            for name in {name for container in containers(layer) for name in entries(container)}:
+            for name in {name for container in containers(layer) for name in tuple(entries(container))}:
                 if not is_grouped(layer, name):
                     found[name] = BY_ADAPTER
                 found.setdefault(name, GROUPED)
+        for name in () if self.residency is None else self.residency.names():
+            registration = self.residency.get(name) if self.residency is not None else None
+            if registration is not None:
+                found.setdefault(name, registration.served)
         return dict(sorted(found.items()))
 
     def _selection(self, names: tuple[str, ...]) -> Selection:
@@ -199,7 +234,11 @@ class PeftAdapters:
             return _BASE_MODEL
         return Selection(names, tuple(self._part(name) for name in names))
 
-    def _part(self, name: str) -> AdapterPart:
+    def _part(self, name: str) -> Present:
+        registration = None if self.residency is None else self.residency.get(name)
+        return self._part_in_model(name) if registration is None else registration
+
+    def _part_in_model(self, name: str) -> AdapterPart:
         part = self._parts.get(name)
         if part is None or not part.is_present:
             container = next(

@@ -18,6 +18,7 @@ import torch
 from hf_paged.engine import registry
 from hf_paged.engine.adapters import BASE
 from hf_paged.errors import InvalidRequestError
+from hf_paged.integrations.peft_residency import Residency
 from hf_paged.resolve import resolve_model
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -40,21 +41,26 @@ def load_adapter(model: Any, folder: str | Path, name: str, *, replace: bool = F
     """
     check_name(name)
     path = checkpoint_folder(folder)
-    _check_values(path)
+    check_values(path)
     with _quiet_model(model) as holder:
-        present = _loaded(holder)
+        residency = _residency(model)
+        present = [*_loaded(holder), *(() if residency is None else residency.names())]
         if name in present and not replace:
             raise InvalidRequestError(
                 f"adapter {name!r} is loaded already; unload it first, or give replace=True"
             )
-        active = _active(holder)
+        active = active_adapters(holder)
         if name in present:
-            _load(holder, path, _TRIAL)
+            load_into(holder, path, _TRIAL)
             holder.delete_adapter(_TRIAL)
-            holder.delete_adapter(name)
-        _load(holder, path, name)
-        if active:
-            holder.set_adapter(active[0] if len(active) == 1 else active)
+            if residency is not None:
+                residency.forget(name)
+            if name in _loaded(holder):
+                holder.delete_adapter(name)
+        load_into(holder, path, name)
+        set_active(holder, active)
+        if residency is not None:
+            _register(model, residency, name, holder, path)
 
 
 def unload_adapter(model: Any, name: str) -> None:
@@ -64,11 +70,14 @@ def unload_adapter(model: Any, name: str) -> None:
         InvalidRequestError: there is none of this name.
     """
     with _quiet_model(model) as holder:
-        if name not in _loaded(holder):
-            raise InvalidRequestError(
-                f"adapter {name!r} is not loaded; loaded: {', '.join(_loaded(holder)) or 'none'}"
-            )
-        holder.delete_adapter(name)
+        residency = _residency(model)
+        known = dict.fromkeys([*_loaded(holder), *(() if residency is None else residency.names())])
+        if name not in known:
+            raise InvalidRequestError(f"adapter {name!r} is not loaded; loaded: {', '.join(known) or 'none'}")
+        if residency is not None:
+            residency.forget(name)
+        if name in _loaded(holder):
+            holder.delete_adapter(name)
 
 
 def check_name(name: str) -> None:
@@ -136,18 +145,38 @@ def _quiet_model(model: Any) -> Iterator[Any]:
             engine.adapters.sync()
 
 
+def _residency(model: Any) -> Residency | None:
+    """What bounds the number of adapters in `model`; None where nothing does."""
+    engine = registry.get(resolve_model(model))
+    return None if engine is None else getattr(engine.adapters, "residency", None)
+
+
+def _register(model: Any, residency: Residency, name: str, holder: Any, path: Path) -> None:
+    adapters = registry.get(resolve_model(model)).adapters  # type: ignore[union-attr]
+    adapters.sync()  # type: ignore[union-attr]
+    served = adapters.paths()[name]  # type: ignore[union-attr]
+    residency.register(name, holder, path.resolve(), served)
+
+
 def _loaded(holder: Any) -> list[str]:
     return list(getattr(holder, "peft_config", None) or {})
 
 
-def _active(holder: Any) -> list[str]:
+def active_adapters(holder: Any) -> list[str]:
+    """The names of those that the model itself runs with."""
     if not _loaded(holder):
         return []
     active = holder.active_adapters
     return list(active() if callable(active) else active)
 
 
-def _check_values(path: Path) -> None:
+def set_active(holder: Any, names: list[str]) -> None:
+    """Makes `names` the active adapters again, if there were any."""
+    if names:
+        holder.set_adapter(names[0] if len(names) == 1 else names)
+
+
+def check_values(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -160,9 +189,9 @@ def _check_values(path: Path) -> None:
         raise InvalidRequestError(f"{path / WEIGHTS}: not a safetensors file ({error})") from None
 
 
-def _load(holder: Any, path: Path, name: str) -> None:
+def load_into(holder: Any, path: Path, name: str) -> None:
     """Loads, or leaves nothing of it behind."""
-    before = _active(holder)
+    before = active_adapters(holder)
     try:
         if hasattr(holder, "base_model") and hasattr(type(holder), "get_base_model"):
             result = holder.load_adapter(str(path), name, torch_device=str(resolve_model(holder).device))
@@ -179,8 +208,7 @@ def _load(holder: Any, path: Path, name: str) -> None:
     except Exception as error:
         if name in _loaded(holder):
             holder.delete_adapter(name)
-        if before:
-            holder.set_adapter(before[0] if len(before) == 1 else before)
+        set_active(holder, before)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InvalidRequestError(
             f"{path}: cannot be loaded into this model: {' '.join(lines[:3])}"
