@@ -195,8 +195,7 @@ class Benchmark:
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def peft_arm(self, arm: str, size: int) -> dict[str, Any]:
-        subset = self.arguments.subset or None
+    def peft_arm(self, arm: str, size: int, subset: int | None) -> dict[str, Any]:
         measured, outputs = run_peft(
             arm, self.model, self.requests, self.names, size, subset, self.arguments.seed
         )
@@ -220,7 +219,7 @@ class Benchmark:
                     continue
                 if self.out_of_time():
                     return False
-                tried.append(self.peft_arm(arm, size))
+                tried.append(self.peft_arm(arm, size, self.arguments.trial_subset))
                 print(
                     f"{arm} in batches of {size}: {tried[-1]['tokens_per_second']:.1f} tokens/s", flush=True
                 )
@@ -239,7 +238,10 @@ class Benchmark:
                 return False
             runs = {}
             for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
-                runs[arm] = self.peft_arm(arm, best[arm]) if arm in best else self.paged_arm(arm)
+                if arm in best:
+                    runs[arm] = self.peft_arm(arm, best[arm], self.arguments.subset or None)
+                else:
+                    runs[arm] = self.paged_arm(arm)
             self.result["rounds"].append(runs)
             ours = self.outputs["paged"]
             for arm in best:
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--sizes", default="8,16,32")
     parser.add_argument("--subset", type=int, default=24, help="requests of PEFT's arms; 0 for all")
+    parser.add_argument("--trial-subset", type=int, default=8, help="the same, to find the best size")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -283,8 +286,10 @@ def main() -> None:
         if arguments.json:
             write_json(arguments.json, result)
 
+    started = time.monotonic()
     bench = Benchmark(arguments, result, keep)
     bench.warm_up()
+    print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
     if not (bench.try_sizes() and bench.run_rounds()):
         print("not finished: run again with --resume")
         raise SystemExit(2)

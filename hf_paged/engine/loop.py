@@ -52,29 +52,28 @@ class StepLoop(CallTable):
         plan = runtime.scheduler.schedule()
         while plan is None and impatient and runtime.scheduler.make_room():
             plan = runtime.scheduler.schedule()
-        if self.gate is not None and self._adapters_moved(self.gate):
-            return True
-        if plan is None:
+        failed = [] if self.gate is None else self._adapters_moved(self.gate)
+        if plan is not None:
+            self._run(runtime, plan, start)
+        elif not failed:
             if self.attended:
                 return False
             self._fail_stuck(runtime)
-            return True
-        self._run(runtime, plan, start)
+        for call, error in failed:
+            self.fail([call], error)
         return True
 
-    def _adapters_moved(self, gate: AdapterGate) -> bool:
+    def _adapters_moved(self, gate: AdapterGate) -> list[tuple[Call, Exception]]:
         """Takes notice of adapters that came and went while a step was planned.
 
         Returns:
-            Whether calls failed for them, so that the step has to be planned again.
+            Calls whose adapters could not be read, to fail after the step: its plan may have made copies of blocks.
         """
         if gate.moved:
             gate.moved = False
             self.guard.watch_again()
         failed, gate.failed = gate.failed, []
-        for call, error in failed:
-            self.fail([call], error)
-        return bool(failed)
+        return failed
 
     def _run(self, runtime: Runtime, plan: StepPlan, start: float) -> None:
         for seq in plan.sequences:

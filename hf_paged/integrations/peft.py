@@ -179,14 +179,21 @@ class PeftAdapters:
         return self._selection(names)
 
     def _check_chooseable(self, names: tuple[str, ...]) -> None:
+        problem = self.problem_of(names)
+        if problem is not None:
+            raise InvalidRequestError(problem)
+
+    def problem_of(self, names: tuple[str, ...]) -> str | None:
+        """Why requests cannot choose one of the adapters `names` of the model; None where they can."""
         for layer in self._present() if names else ():
             for name in names:
                 variant = type(vars(layer).get("lora_variant", {}).get(name)).__name__
                 if variant.startswith("ALora"):
-                    raise InvalidRequestError(
+                    return (
                         f"adapter {name!r} is an aLoRA, which looks for its invocation tokens in each prompt: "
                         "use generate() of the PeftModel"
                     )
+        return None
 
     def names(self) -> set[str]:
         """The names of all adapters that a layer has a part of, or that can be brought in."""

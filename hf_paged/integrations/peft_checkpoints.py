@@ -152,10 +152,12 @@ def _residency(model: Any) -> Residency | None:
 
 
 def _register(model: Any, residency: Residency, name: str, holder: Any, path: Path) -> None:
-    adapters = registry.get(resolve_model(model)).adapters  # type: ignore[union-attr]
-    adapters.sync()  # type: ignore[union-attr]
-    served = adapters.paths()[name]  # type: ignore[union-attr]
-    residency.register(name, holder, path.resolve(), served)
+    """Lets adapter `name` leave the model, unless it is of a kind that has to be seen there before a call runs."""
+    adapters: Any = registry.get(resolve_model(model)).adapters  # type: ignore[union-attr]
+    adapters.sync()
+    served = adapters.paths().get(name)
+    if served is not None and adapters.problem() is None and adapters.problem_of((name,)) is None:
+        residency.register(name, holder, path.resolve(), served)
 
 
 def _loaded(holder: Any) -> list[str]:

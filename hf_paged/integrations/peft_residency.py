@@ -60,7 +60,7 @@ class Residency:
         self._known: dict[str, Registration] = {}  # least recently used first
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._known)
+        return tuple(name for name, one in tuple(self._known.items()) if one.is_present)
 
     def get(self, name: str) -> Registration | None:
         """The registration of `name`; None too where its user has removed it from the model."""
@@ -72,7 +72,7 @@ class Residency:
         self.forget(name)
         added = self._known[name] = Registration(name, holder, path, served)
         self._came_in(added)
-        self.bring_in([name], ())
+        self._make_room([added], {name}, ())
 
     def forget(self, name: str) -> None:
         """It was unloaded or replaced: requests that were made for it are told so."""
@@ -96,26 +96,28 @@ class Residency:
         wanted = [r for name in names if (r := self._known.get(name)) is not None]
         for one in wanted:
             self._known[one.name] = self._known.pop(one.name)
-        active = self._active()
+        missing = [one for one in wanted if one.part is None]
+        if missing and not self._make_room(wanted, names, in_use):
+            return False
+        for one in missing:
+            self._read(one)
+        return True
+
+    def _make_room(self, wanted: list[Registration], names: Collection[str], in_use: Collection[str]) -> bool:
+        active = {name for layer in self._layers() for name in layer.active_adapters}
         others = [r for r in self._known.values() if r.part is not None and r.name not in names]
         others = [r for r in others if r.name not in active]
         room = self.most - sum(1 for r in wanted if r.name not in active)
         idle = [r for r in others if r.name not in in_use]
-        if any(r.part is None for r in wanted) and len(others) - len(idle) > room:
+        if len(others) - len(idle) > room:
             return False
         for one in idle[: max(0, len(others) - room)]:
             self._take_out(one)
-        for one in wanted:
-            if one.part is None:
-                self._read(one)
         return True
 
     def num_loads(self, names: Collection[str]) -> int:
         """Grows when one of `names` is read again, by which its weights become other tensors."""
         return sum(r.num_loads for name in names if (r := self._known.get(name)) is not None)
-
-    def _active(self) -> set[str]:
-        return {name for layer in self._layers() for name in layer.active_adapters}
 
     def _came_in(self, one: Registration) -> None:
         one.part = self._part_of(one.name)
