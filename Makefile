@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL := pip install --quiet --disable-pip-version-check
 COMPAT := 5.6 5.17
 
-.PHONY: help demo test test-full test-compat test-gpu lint format types bench benchmarks-page demo-models clean
+.PHONY: help demo test test-full test-clients test-compat test-gpu lint format types bench benchmarks-page demo-models clean
 
 help:
 	@echo "make demo         one model, with and without hf_paged: a table, and compare.json"
 	@echo "make test         units and a rotating part of the parity grid (at most 15 minutes on 2 cores)"
-	@echo "make test-full    everything, slow tests too (at most 80 minutes)"
+	@echo "make test-full    everything, slow tests and other people's libraries too (at most 85 minutes)"
+	@echo "make test-clients the tests with TRL, lm-evaluation-harness, LangChain, outlines and others (3 minutes)"
 	@echo "make test-compat  parity on the oldest and a middle transformers ($(COMPAT))"
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make lint         ruff, rules and format;   make format applies both"
@@ -35,8 +36,12 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-full: $(VENV)/.ready-test
+test-full: $(VENV)/.ready-test test-clients
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# An environment of its own: LangChain wants an older huggingface_hub than the newest transformers is run with.
+test-clients: .venv-clients/.ready
+	.venv-clients/bin/python -m pytest -m clients $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
@@ -71,7 +76,7 @@ demo-models: $(VENV)/.ready
 	done
 
 clean:
-	rm -rf $(VENV) $(COMPAT:%=.venv-%) build dist *.egg-info compare.json
+	rm -rf $(VENV) .venv-clients $(COMPAT:%=.venv-%) build dist *.egg-info compare.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -92,6 +97,13 @@ $(VENV)/.ready: $(VENV)/.created pyproject.toml constraints/base.txt constraints
 $(VENV)/.ready-test: $(VENV)/.ready
 	@echo "Installing what the tests need into $(VENV)"
 	@$(BIN)/$(PIP_INSTALL) --constraint constraints/newest.txt --editable '.[test]'
+	@touch $@
+
+.venv-clients/.ready: pyproject.toml constraints/base.txt constraints/clients.txt
+	$(CREATE)
+	@echo "Installing other people's libraries and the tests into .venv-clients"
+	@test -d .venv-clients || $(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/$(PIP_INSTALL) --constraint constraints/clients.txt --editable '.[test,clients]'
 	@touch $@
 
 .venv-%/.ready: pyproject.toml constraints/base.txt constraints/transformers-%.txt

@@ -92,16 +92,17 @@ def test_the_metadata_says_what_it_needs(built: Path) -> None:
     assert len(licenses) == 1
 
 
-def test_the_pins_name_every_dependency() -> None:
-    """Each direct dependency of the package and its tests has one exact version for `make`."""
+@pytest.mark.parametrize("extra, moving", [("test", "newest"), ("clients", "clients")])
+def test_the_pins_name_every_dependency(extra: str, moving: str) -> None:
+    """Each direct dependency of the package, its tests and their clients has one exact version for `make`."""
     pinned = {
         line.partition("==")[0].lower().replace("_", "-")
-        for name in ("base", "newest")
+        for name in ("base", moving)
         for line in (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()
         if "==" in line and not line.startswith("#")
     }
-    direct = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
-    names = {requirement.split(";")[0].strip() for requirement in direct}
+    direct = PROJECT["dependencies"] + PROJECT["optional-dependencies"][extra]
+    names = {requirement.split(";")[0].split("[")[0].strip() for requirement in direct}
     names = {name.split("=")[0].split("<")[0].split(">")[0].strip().lower() for name in names}
     assert names - pinned == set()
 

@@ -14,6 +14,8 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 import hf_paged
 from tests.helpers import assert_same_tokens, demo_model, demo_tokenizer, native_calls
 
+pytestmark = pytest.mark.clients
+
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "ok": {"type": "boolean"}},
@@ -97,25 +99,6 @@ def test_xgrammar_from_several_threads(model: Any, tokenizer: Any) -> None:
     with native_calls(model, 6), ThreadPoolExecutor(6) as pool:
         for number, output in enumerate(pool.map(lambda i: run(model, i), range(6))):
             assert_same_tokens(output, run(plain, number))
-
-
-# --- outlines ---------------------------------------------------------------------------------------------------------
-
-
-def test_outlines(model: Any, tokenizer: Any) -> None:
-    outlines = pytest.importorskip("outlines", reason="outlines is not installed")
-    wanted = outlines.regex(r"(yes|no|[0-9]{2})")
-    inputs = ["x = ", "y == "]
-
-    def answers(target: Any) -> list[str]:
-        return outlines.from_transformers(target, tokenizer).batch(
-            inputs, wanted, max_new_tokens=8, do_sample=False
-        )
-
-    expected = answers(demo_model("gpt2"))
-    with native_calls(model):
-        assert answers(model) == expected
-    assert all(text in ("yes", "no") or text.isdigit() for text in expected)
 
 
 # --- criteria of evaluation harnesses ---------------------------------------------------------------------------------
