@@ -141,6 +141,10 @@ def page(files: Mapping[Path, Any]) -> str:
             parts.append(_suite(data))
         elif isinstance(data, dict) and data.get("kind") == "running_batch":
             parts.append(_running(data))
+        elif isinstance(data, dict) and "table" in data:
+            parts.append(
+                f"{data['table']['about']}\n\n{_table(data['table']['head'], data['table']['rows'])}"
+            )
         elif reports_in(data):
             parts += [_report(report, title_of(report)) for report in reports_in(data)]
         else:

@@ -67,10 +67,13 @@ def test_results_of_every_kind_are_shown_and_unknown_ones_named(copy: Path) -> N
     results = copy / make_page.RESULTS
     (results / "a-report.json").write_text(json.dumps(sample_report("uniform")))
     (results / "b-rows.json").write_text(json.dumps({"rows": [1]}))
+    table = {"about": "What it is.", "head": ["arm", "times"], "rows": [["plain | first", "2.00×"]]}
+    (results / "c-table.json").write_text(json.dumps({"table": table}))
     text = make_page.texts(copy)[copy / make_page.PAGE]
     assert "## a-report" in text
     assert "4 requests (uniform)" in text
     assert "Raw figures: [b-rows.json]" in text
+    assert "What it is.\n\n| arm | times |\n| --- | --- |\n| plain \\| first | 2.00× |\n" in text
 
 
 def test_a_readme_without_marks_or_no_suite_is_refused(copy: Path) -> None:

@@ -64,6 +64,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
             logger.warning("Manager thread is already running.")
             return
         self._started, self._stopping = True, False
+        self._requests.begin()
         self._begin_backlog()
 
     def is_running(self) -> bool:

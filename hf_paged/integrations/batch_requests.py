@@ -71,8 +71,23 @@ class BatchRequests:
         self._namespaces: Namespaces | None = None
         self._configs: dict[tuple[Any, ...], GenerationConfig] = {}
         self._seed: int | None = getattr(batching_config, "seed", None)
-        if generation_config.do_sample and self._seed is None:
-            self._seed = fresh_seed()
+        self._is_seeded = False
+
+    def begin(self) -> None:
+        """What upstream does when it starts to serve, greedy or not: draws a seed, if none is given, and sets it.
+
+        So what the caller draws from torch's generators afterwards (a trainer its shuffles) is the same with either.
+        """
+        if self._is_seeded:
+            return
+        self._is_seeded = True
+        if not hasattr(self._batching, "seed"):  # transformers before it had one
+            self._seed = fresh_seed() if self._config.do_sample else None
+            return
+        if self._seed is None:
+            device = self._model.device
+            self._seed = int(torch.randint(0, 2**32 - 1, (1,), dtype=torch.int64, device=device))
+        torch.manual_seed(self._seed)
 
     def reasons(self) -> list[FallbackReason]:
         """Why requests of this configuration cannot be the engine's, whatever their prompts."""

@@ -124,6 +124,22 @@ def test_num_return_sequences_and_a_seed(model: Any) -> None:
     assert all(len(t) == 8 for t in tokens[0])
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_what_is_drawn_afterwards_is_what_it_is_with_transformers_own(model: Any, seed: int | None) -> None:
+    if not hasattr(small(), "seed"):
+        pytest.skip("this transformers has no seed for generate_batch, and sets none")
+    plain = make_model("llama")
+    drawn = []
+    for target in (plain, model):
+        torch.manual_seed(1)
+        for _ in range(2):
+            target.generate_batch(
+                PROMPTS[:2], generation_config=config(), continuous_batching_config=small(seed=seed)
+            )
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 def test_logprobs_and_timestamps(model: Any) -> None:
     outputs = model.generate_batch(
         PROMPTS,

@@ -230,6 +230,18 @@ def test_a_wrong_item_fails_in_its_turn(pipe: Any, bad: Any) -> None:
         assert outcome() == expected
 
 
+@pytest.mark.parametrize("bad", [None, 5, [None], [TEXTS[0], 5]], ids=repr)
+def test_wrong_inputs_are_upstreams_errors(pipe: Any, bad: Any) -> None:
+    def outcome() -> tuple[type, str]:
+        with pytest.raises(Exception) as raised:
+            list(pipe(bad, **GREEDY))
+        return type(raised.value), str(raised.value)
+
+    expected = outcome()
+    with hf_paged.enabled(pipe):
+        assert outcome() == expected
+
+
 def test_going_on_after_a_wrong_item(pipe: Any) -> None:
     dataset = KeyDataset([{"text": text} for text in ("one", None, "three")], "text")
 
