@@ -54,7 +54,8 @@ def result_of(call: Call) -> GenerationResult:
     beams = None
     token_ids = sequence.generated_ids
     if spec.beams is not None and sequence.group is not None:
-        beams = [] if call.error is not None else finished_beams(sequence.group)[0]
+        ended = call.error is None and sequence.finish_reason is not None
+        beams = finished_beams(sequence.group)[0] if ended else []
         token_ids = beams[0].token_ids if beams else []
     return GenerationResult(
         token_ids=token_ids,

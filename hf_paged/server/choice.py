@@ -28,6 +28,10 @@ class Piece:
     stop_reason: str | int | None = None  # the stop string or stop token; None for the model's own end
 
 
+def queue_timeout_error() -> APIError:
+    return APIError(503, "the request was not started in time; try again later", code="queue_timeout")
+
+
 class Choice:
     """Follows one request of the engine."""
 
@@ -38,8 +42,12 @@ class Choice:
         self.seconds: float | None = None  # from here to its end, once it has ended
         self._started = time.perf_counter()
         self._stops = stops
-        self._text = TokenText(tokenizer, job.prompt, stops.skip_special_tokens)
-        self._scanner = StopScanner(stops.strings, stops.include)
+        self._tokenizer = tokenizer
+        self._begin()
+
+    def _begin(self) -> None:
+        self._text = TokenText(self._tokenizer, self.job.prompt, self._stops.skip_special_tokens)
+        self._scanner = StopScanner(self._stops.strings, self._stops.include)
 
     async def pieces(self, first_within: float | None = None) -> AsyncGenerator[Piece, None]:
         """The text as it comes.
@@ -69,9 +77,7 @@ class Choice:
                     piece = Piece()
                 tokens = await anext(updates, None)
         except TimeoutError:
-            raise APIError(
-                503, "the request was not started in time; try again later", code="queue_timeout"
-            ) from None
+            raise queue_timeout_error() from None
         finally:
             await updates.aclose()
         yield self._ended(piece)
@@ -87,6 +93,17 @@ class Choice:
             whole.logprobs += piece.logprobs
             whole.finish_reason, whole.stop_reason = piece.finish_reason, piece.stop_reason
         return whole
+
+    def replayed(self, tokens: list[int]) -> Piece:
+        """The whole text that `tokens`, all of them, are."""
+        self._begin()
+        piece = Piece()
+        for token in tokens:
+            self._take(token, piece)
+        if piece.finish_reason is None:
+            return self._ended(piece)
+        self.seconds = time.perf_counter() - self._started
+        return piece
 
     def _take(self, token: int, piece: Piece) -> None:
         """Adds one token to `piece`, which it may end."""

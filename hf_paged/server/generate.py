@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from hf_paged.server.answers import Form, usage
+from hf_paged.server.beams import beam_jobs, best_beams, check_beams
 from hf_paged.server.choice import Choice, Piece
 from hf_paged.server.errors import APIError, bad_request
 from hf_paged.server.jobs import make_jobs, stops_of
@@ -46,7 +47,8 @@ async def answer(
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options: only with stream", "stream_options")
     tried = best_of or copies
-    choosing = tried > copies
+    searching = check_beams(body)
+    choosing = tried > copies and not searching
     if choosing and body.stream:
         raise bad_request("best_of: the best can only be told at the end, so not with stream", "best_of")
     stops = stops_of(body, state.served, state.config)
@@ -63,6 +65,8 @@ async def answer(
         grammar=grammar,
         key_salt=request.state.cache_salt,
     )
+    if searching:
+        jobs = beam_jobs(jobs, body, width=tried, kept=copies)
     async with AsyncExitStack() as resources:
         choices = await resources.enter_async_context(state.runs.started(jobs, stops))
         state.metrics.asked(len(jobs))
@@ -76,18 +80,23 @@ async def answer(
                 failed=state.metrics.failed,
             )
         try:
-            pieces = await unless_gone(request, _all(state, choices))
+            pieces = await unless_gone(request, _all(state, choices, searching=searching))
         except ClientGone:
             return Response(status_code=_CLIENT_GONE)
         if choosing:
             pieces = _best(pieces, tried, copies)
-        return JSONResponse(form.whole(pieces, usage(choices, tried)))
+        return JSONResponse(form.whole(pieces, usage(choices, 1 if searching else tried)))
 
 
-async def _all(state: ServerState, choices: list[Choice]) -> list[Piece]:
+async def _all(state: ServerState, choices: list[Choice], *, searching: bool) -> list[Piece]:
+    first_within = state.config.queue_timeout
     try:
         async with asyncio.timeout(state.config.request_timeout):
-            pieces = await asyncio.gather(*(c.whole(state.config.queue_timeout) for c in choices))
+            if searching:
+                found = await asyncio.gather(*(best_beams(c, first_within) for c in choices))
+                pieces = [piece for beams in found for piece in beams]
+            else:
+                pieces = await asyncio.gather(*(c.whole(first_within) for c in choices))
     except TimeoutError:
         seconds = state.config.request_timeout
         raise APIError(504, f"the request did not end within {seconds:g} s", code="timeout") from None

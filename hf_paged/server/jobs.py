@@ -34,6 +34,7 @@ class Job:
     edit: LogitsEdit | None
     priority: int
     cache_salt: str
+    sequences: int = 1  # beams of a search
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,8 @@ _ASK_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "documents": (),
-    "early_stopping": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "length_penalty": (1, 1.0),
     "metadata": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
@@ -36,7 +34,6 @@ _ASK_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -122,6 +119,9 @@ class Sampling(Body):
     structured_outputs: StructuredOutputs | None = None
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=256)] = None
     priority: Annotated[int | None, Field(ge=-(2**31), le=2**31 - 1)] = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
 
 
 class CompletionRequest(Sampling):

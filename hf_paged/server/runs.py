@@ -48,7 +48,9 @@ class Runs:
             APIError: 429.
             InvalidRequestError: the engine refuses a job; none of them runs then.
         """
-        ticket = self.admission.enter(len(jobs), sum(len(job.prompt) for job in jobs))
+        ticket = self.admission.enter(
+            sum(job.sequences for job in jobs), sum(len(job.prompt) for job in jobs)
+        )
         try:
             choices = [
                 Choice(handle, job, stops, self._served.tokenizer.backend_tokenizer)

@@ -293,9 +293,7 @@ def test_routes_and_methods_that_are_not_there(client: httpx.Client) -> None:
     error_of(client.post("/v1/completions", json=PROMPT | {"model": "x" * 10_000}), 404)
 
 
-@pytest.mark.parametrize(
-    "field", ["tools", "suffix", "prompt_logprobs", "use_beam_search", "guided_json", "foo.bar"]
-)
+@pytest.mark.parametrize("field", ["tools", "suffix", "prompt_logprobs", "guided_json", "foo.bar"])
 def test_a_field_that_is_not_supported_is_named(client: httpx.Client, field: str) -> None:
     error = error_of(client.post("/v1/completions", json=PROMPT | {field: "x"}), 400)
     assert field in error["message"]
