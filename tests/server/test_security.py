@@ -22,6 +22,7 @@ from tests.server.security_world import World
 from tests.server.support import running
 
 LIMITS: dict[str, Any] = {"max_adapters": 3, "max_adapter_rank": 16, "grammar_timeout": 2.0}
+LIMITS["grammar_cache_bytes"] = 1  # one is kept
 
 
 def sources(world: World) -> None:
