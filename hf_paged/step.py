@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -109,6 +109,9 @@ class StepInputs:
     recording: StepRecording | None = None  # None: nothing but logits is wanted
     #: Runs the forward in its own way (as a captured graph) and gives the logits of the step; None: it is just run.
     around: Callable[[Forward], Tensor] | None = None
+    #: The R rows of logits as a step of their own, their keys and values already stored: what is left of the sequences
+    #: once the last block has those of all tokens. None where that would be no smaller by much.
+    tail: PagedMetadata | None = None
 
 
 class _Active(threading.local):
@@ -136,10 +139,15 @@ def active_step(inputs: StepInputs) -> Iterator[StepInputs]:
 
 
 @contextmanager
-def suspended_step() -> Iterator[None]:
-    """Hides the current step from the layers, e.g. for user code called from within a step."""
-    inputs, _active.inputs = _active.inputs, None
+def stands_in(inputs: StepInputs | None) -> Iterator[None]:
+    """Makes `inputs` the current step within a step: a part of it."""
+    before, _active.inputs = _active.inputs, inputs
     try:
         yield
     finally:
-        _active.inputs = inputs
+        _active.inputs = before
+
+
+def suspended_step() -> AbstractContextManager[None]:
+    """Hides the current step from the layers, e.g. for user code called from within a step."""
+    return stands_in(None)

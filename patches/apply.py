@@ -21,6 +21,7 @@ from hf_paged.patches.attention import bind, bind_step_forward, is_bound
 from hf_paged.patches.deterministic import find_deterministic, problem
 from hf_paged.patches.fused import find_fused
 from hf_paged.patches.instance import InstancePatch
+from hf_paged.patches.last_block import find_last_block, least_cut, short_form
 from hf_paged.patches.registry import PatchSpec
 
 __all__ = ["AppliedPatch", "InstancePatch", "LayerGeometry", "apply"]
@@ -63,6 +64,10 @@ class AppliedPatch:
         self._layers = [weakref.ref(layer) for layer in layers]
         #: What was found last, by layer: this is asked several times a call.
         self._geometry: weakref.WeakKeyDictionary[nn.Module, LayerGeometry] = weakref.WeakKeyDictionary()
+        #: `layer_geometry` as `reasons` saw it last.
+        self.geometry: tuple[LayerGeometry, ...] = ()
+        #: See `patches.last_block`; None: the last block has no short form.
+        self.least_cut: int | None = None
         self._patches: list[InstancePatch] = []
         self._forwards: dict[int, Any] = {}
         self._adopted: dict[int, InstancePatch] = {}
@@ -122,7 +127,8 @@ class AppliedPatch:
     def reasons(self) -> list[tuple[str, str]]:
         """What makes native execution unsafe right now, as (code, text): the codes of `patches.safety`."""
         reasons = safety.find_reasons(self.model, self.spec, self._layers, self._forwards)
-        dtypes = {layer.dtype for layer in self.layer_geometry()} - set(_KV_DTYPES)
+        self.geometry = tuple(self.layer_geometry())
+        dtypes = {layer.dtype for layer in self.geometry} - set(_KV_DTYPES)
         if dtypes:
             reasons.append(("unsupported_dtype", f"keys and values of dtype {', '.join(map(str, dtypes))}"))
         if self.deterministic and (text := problem(self.model, self.spec, self._forwards)) is not None:
@@ -167,7 +173,12 @@ def apply(model: nn.Module, spec: PatchSpec, *, deterministic: bool = False) -> 
                 )
             patch = applied._new_patch(layer)
             applied._forwards[id(layer)] = bind(patch, layer, number, owner, spec.paged_forward)
-        for module, in_step in find_deterministic(model) if deterministic else find_fused(model):
+        forms = dict(find_deterministic(model) if deterministic else find_fused(model))
+        block = find_last_block(model, spec)
+        if block is not None:
+            forms[block] = short_form(block, len(layers) - 1, spec, forms.get(block))
+            applied.least_cut = least_cut(block)
+        for module, in_step in forms.items():
             applied._forwards[id(module)] = bind_step_forward(
                 applied._new_patch(module), module, owner, in_step
             )

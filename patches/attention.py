@@ -23,7 +23,17 @@ from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.patches.instance import InstancePatch
 from hf_paged.step import StepInputs, current_step
 
-__all__ = ["attend", "bind", "bind_step_forward", "forward_slot", "is_bound", "rotates_in_kernel"]
+__all__ = ["attend", "bind", "bind_step_forward", "forward_slot", "is_bound", "rotates_in_kernel", "store"]
+
+
+def store(step: StepInputs, layer: int, key: Tensor, value: Tensor) -> None:
+    """Stores the keys and values of layer `layer`, each [T, H_kv, D], and attends to nothing."""
+    k_cache, v_cache = step.kv_layer(layer)
+    k_scales, v_scales = step.kv_scales(layer)
+    slots = step.metadata.slot_mapping.to(key.device)
+    ops.store_kv(
+        key, value, k_cache, v_cache, slots, k_scales=k_scales, v_scales=v_scales, backend=step.backend
+    )
 
 
 def attend(

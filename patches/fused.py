@@ -13,6 +13,7 @@ has another forward than the one known here, the module runs what it ran before.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,12 @@ _MAX_ROW = 32768
 def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of `model` that have a fused form, each with the function to run in a step."""
     found = []
-    table = _FUSED | _PRODUCTS if cpu_linear.onednn_is_faster() else _FUSED
+    table = dict(_FUSED)
+    if cpu_linear.onednn_is_faster():
+        table |= _PRODUCTS
+    # Each layer would feel them on a CPU, and they would never do anything there but in Triton's interpreter.
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        table |= _TRITON
     module: Any
     for module in model.modules():
         cls: Any = type(module)
@@ -152,6 +158,8 @@ def _conv1d(module: Any, step: StepInputs, x: Tensor) -> Tensor | None:
 _FUSED: dict[str, Callable[..., Tensor | None]] = {
     "transformers.activations.NewGELUActivation": _gelu_tanh,
     _RMS_NORM: _rms_norm,
+}
+_TRITON: dict[str, Callable[..., Tensor | None]] = {
     f"{_LLAMA}.LlamaDecoderLayer": _llama_layer,
     f"{_LLAMA}.LlamaMLP": _llama_mlp,
 }

@@ -6,12 +6,13 @@ Every scaling option (`scale_attn_weights`, `scale_attn_by_inverse_layer_idx`) i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_paged.patches.attention import attend
-from hf_paged.patches.gpt_layout import check, find_attention_layers, position_limit
+from hf_paged.patches.gpt_layout import blocks, check, find_attention_layers, position_limit, store_new_kv
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
@@ -26,11 +27,15 @@ def paged_forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    tokens = hidden_states.shape[1]
-    qkv = module.c_attn(hidden_states).view(tokens, 3, module.num_heads, module.head_dim)
-    query, key, value = qkv.unbind(1)
+    query, key, value = split_heads(module, hidden_states)
     output = module.c_proj(attend(step, layer, query, key, value, module.scaling))
     return module.resid_dropout(output), None
+
+
+def split_heads(module: Any, hidden_states: Tensor) -> Sequence[Tensor]:
+    """Query, key and value, each [T, H, D]."""
+    tokens = hidden_states.shape[1]
+    return module.c_attn(hidden_states).view(tokens, 3, module.num_heads, module.head_dim).unbind(1)
 
 
 def structure(model: Any) -> list[tuple[nn.Module, str]]:
@@ -51,9 +56,11 @@ register(
         model_class=f"{_MODELING}.GPT2LMHeadModel",
         structure=structure,
         find_attention_layers=find_attention_layers,
+        blocks=blocks,
         attention_shape=attention_shape,
         key_projection=lambda module: module.c_attn,
         paged_forward=paged_forward,
+        store_new_kv=store_new_kv(split_heads),
         check=check,
         position_limit=position_limit,
         rope_limit=lambda model: None,

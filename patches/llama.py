@@ -8,13 +8,14 @@ where they switch (`rope_limit`).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_paged.kernels import cpu_rope
-from hf_paged.patches.attention import attend, rotates_in_kernel
+from hf_paged.patches.attention import attend, rotates_in_kernel, store
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
@@ -58,6 +59,27 @@ def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
             if other is not None:
                 return rotated[None], other[None]
     return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+
+
+def store_new_kv(
+    block: Any,
+    step: StepInputs,
+    layer: int,
+    hidden_states: Tensor,  # [1, T, E]
+    *,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: Any,
+) -> None:
+    module: Any = unwrapped(block.self_attn)
+    normed = block.input_layernorm(hidden_states)
+    by_head = (1, normed.shape[1], -1, module.head_dim)
+    key, value = module.k_proj(normed).view(by_head), module.v_proj(normed).view(by_head)
+    key, _ = _rotated(key, key[:, :, :0], *position_embeddings)
+    store(step, layer, key[0], value[0])
+
+
+def blocks(model: Any) -> Sequence[nn.Module]:
+    return unwrapped(model.model).layers
 
 
 def structure(model: Any) -> list[tuple[nn.Module, str]]:
@@ -107,9 +129,11 @@ register(
         model_class=f"{_MODELING}.LlamaForCausalLM",
         structure=structure,
         find_attention_layers=find_attention_layers,
+        blocks=blocks,
         attention_shape=attention_shape,
         key_projection=lambda module: module.k_proj,
         paged_forward=paged_forward,
+        store_new_kv=store_new_kv,
         check=check,
         position_limit=lambda model: None,
         rope_limit=rope_limit,

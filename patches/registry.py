@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,14 @@ class PatchSpec:
     structure: Callable[[Any], list[tuple[nn.Module, str]]]
     find_attention_layers: Callable[[Any], list[nn.Module]]  # model -> modules in KV-layer order
     attention_shape: Callable[[Any], AttentionShape]  # attention module -> its shape
+    blocks: Callable[[Any], Sequence[nn.Module]]  # model -> the modules around its attention layers, in order
     #: attention module -> what makes the keys; its weight tells dtype and device where it is a plain weight
     key_projection: Callable[[Any], nn.Module]
     #: (attention module, StepInputs, layer number, *args, **kwargs of its forward) -> what that forward returns
     paged_forward: Callable[..., Any]
+    #: (block, StepInputs, layer number, hidden states [1, T, E], **kwargs of its forward): stores what its attention
+    #: would, of all tokens, and computes nothing else
+    store_new_kv: Callable[..., None]
     check: Callable[[Any], str | None]  # model -> why this variant cannot run natively, or None
     position_limit: Callable[[Any], int | None]  # model -> positions it has (learned embeddings), or None
     rope_limit: Callable[[Any], int | None]  # model -> longest sequence for which packing is exact, or None
@@ -121,8 +125,11 @@ def unwrapped(module: Any) -> Any:
 
 def override_reason(model: Any, spec: PatchSpec) -> str | None:
     """Which part of `model` is not the family's own, or None."""
-    for module, name in spec.structure(model):
-        cls: Any = type(module)
+    # Layers are many and of few classes.
+    parts: dict[tuple[Any, str], None] = {
+        (type(module), name): None for module, name in spec.structure(model)
+    }
+    for cls, name in parts:
         reason = class_reason(cls, getattr(cls, "forward", None), name)
         if reason is not None:
             return reason

@@ -143,16 +143,18 @@ def entries(container: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def base_modules(model: nn.Module) -> Iterator[nn.Module]:
+def base_modules(model: nn.Module) -> list[nn.Module]:
     """Every module of `model` once, without what is inside of adapters' containers."""
     seen: set[nn.Module | None] = {None, model}
-    stack = [model]
-    for module in stack:
-        yield module
-        skipped = set(containers(module)) if is_adapter_layer(module) else ()
-        new = [child for child in module._modules.values() if child not in seen and child not in skipped]
-        seen.update(new)
-        stack += new  # type: ignore[arg-type]
+    found = [model]
+    for module in found:
+        children = module._modules
+        if children:
+            skipped = set(containers(module)) if is_adapter_layer(module) else ()
+            new = [child for child in children.values() if child not in seen and child not in skipped]
+            seen.update(new)
+            found += new  # type: ignore[arg-type]
+    return found
 
 
 def adapter_facts(layer: nn.Module, name: str) -> tuple[list[Tensor], list[tuple[str, Any]]]:

@@ -41,10 +41,14 @@ def build(
     kv_layer: Callable[[int], tuple[Tensor, Tensor]],
     kv_scales: Callable[[int], tuple[Tensor | None, Tensor | None]],
     deterministic: bool = False,
+    least_cut: int | None = None,
 ) -> StepInputs:
     """Token ids, positions, slots and block tables of the step, on `device`.
 
     The arrays are filled on the host and cross to the device once each.
+
+    Args:
+        least_cut: how many tokens without logits make `StepInputs.tail` worth its while; None: it never is.
     """
     arrays = pack(plan, block_size)
 
@@ -52,34 +56,64 @@ def build(
         tensor = torch.from_numpy(array)
         return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-    metadata = PagedMetadata(
-        slot_mapping=move(arrays.slots),
-        block_tables=move(arrays.tables),
-        seq_lens=move(arrays.seq_lens),
-        query_start_loc=move(arrays.starts),
-        num_decodes=plan.num_decodes,
-        query_lens_list=plan.num_scheduled_tokens,
-        seq_lens_list=arrays.seq_lens.tolist(),
-        deterministic=deterministic,
-    )
+    def metadata(arrays: StepArrays, num_decodes: int, query_lens: list[int]) -> PagedMetadata:
+        return PagedMetadata(
+            slot_mapping=move(arrays.slots),
+            block_tables=move(arrays.tables),
+            seq_lens=move(arrays.seq_lens),
+            query_start_loc=move(arrays.starts),
+            num_decodes=num_decodes,
+            query_lens_list=query_lens,
+            seq_lens_list=arrays.seq_lens.tolist(),
+            deterministic=deterministic,
+        )
+
+    counts = plan.logits_counts
+    tail = None if least_cut is None else _tail(plan, arrays, counts, least_cut)
     return StepInputs(
         owner=owner,
         input_ids=move(arrays.ids)[None],
         position_ids=move(arrays.positions)[None],
         logits_indices=move(arrays.logits_indices),
-        metadata=metadata,
+        metadata=metadata(arrays, plan.num_decodes, plan.num_scheduled_tokens),
         backend=backend,
         kv_layer=kv_layer,
         kv_scales=kv_scales,
         adapters=_adapter_runs(plan),
         embeds=_embeds(plan),
+        tail=None if tail is None else metadata(tail, _leading_ones(counts), counts),
+    )
+
+
+def _leading_ones(counts: list[int]) -> int:
+    return next((i for i, count in enumerate(counts) if count > 1), len(counts))
+
+
+def _tail(plan: StepPlan, arrays: StepArrays, counts: list[int], least_cut: int) -> StepArrays | None:
+    """What of the step gets logits, as a step of its own; None if that is not much less than all."""
+    rows = arrays.logits_indices
+    if len(arrays.ids) - len(rows) < max(least_cut, len(rows)):
+        return None
+    kept = plan.sample_indices
+    starts = np.zeros(len(kept) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    return StepArrays(
+        ids=arrays.ids[rows],
+        positions=arrays.positions[rows],
+        slots=arrays.slots[rows],
+        tables=arrays.tables[kept],
+        seq_lens=arrays.seq_lens[kept],
+        starts=starts,
+        logits_indices=np.arange(len(rows)),
     )
 
 
 def pack(plan: StepPlan, block_size: int) -> StepArrays:
     """The numbers of the step, packed without padding."""
     is_small = plan.num_decodes == len(plan.sequences) <= _FEW
-    return _few_decodes(plan, block_size) if is_small else _ragged(plan, block_size)
+    if is_small:
+        return _few_decodes(plan, block_size)
+    return (_one if len(plan.sequences) == 1 else _ragged)(plan, block_size)
 
 
 def _embeds(plan: StepPlan) -> list[tuple[int, Tensor]]:
@@ -113,6 +147,23 @@ def _few_decodes(plan: StepPlan, block_size: int) -> StepArrays:
         seq_lens=np.array([p + 1 for p in positions], np.int32),
         starts=np.arange(count + 1, dtype=np.int32),
         logits_indices=np.array(plan.sample_indices, np.int64),
+    )
+
+
+def _one(plan: StepPlan, block_size: int) -> StepArrays:
+    """Of a step of one sequence."""
+    seq, count = plan.sequences[0], plan.num_scheduled_tokens[0]
+    table = np.array([seq.block_table], np.int32)
+    positions = np.arange(seq.num_computed, seq.num_computed + count)
+    starts = np.array([0, count], np.int32)
+    return StepArrays(
+        ids=_token_ids(plan, starts),
+        positions=positions,
+        slots=table[0, positions // block_size].astype(np.int64) * block_size + positions % block_size,
+        tables=table,
+        seq_lens=np.array([seq.num_computed + count], np.int32),
+        starts=starts,
+        logits_indices=_logits_indices(plan, starts),
     )
 
 

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
         owner: object
 
+        #: `layer_geometry` as `reasons` saw it last.
+        geometry: tuple
+        #: See `engine.batch.build`.
+        least_cut: int | None
+
         def layer_geometry(self) -> list: ...
         def reasons(self) -> list[tuple[str, str]]: ...
         def revert(self) -> None: ...

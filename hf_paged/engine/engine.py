@@ -80,8 +80,11 @@ class PagedEngine:
         return self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
 
     def capacity_tokens(self) -> int:
-        """Most tokens one sequence can hold in this pool."""
-        return self._loop.ready().capacity_tokens
+        """Most tokens one sequence can hold in this pool, for the model as `patch.reasons` saw it last."""
+        runtime = self._loop.runtime
+        if runtime is None or runtime.geometry != self.patch.geometry:
+            runtime = self._loop.ready()
+        return runtime.capacity_tokens
 
     def layer_geometry(self) -> tuple:
         """Shape, dtype and device of each layer's keys and values, as the model is now."""

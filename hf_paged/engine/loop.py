@@ -147,6 +147,7 @@ class StepLoop(CallTable):
                 kv_layer=runtime.cache.layer,
                 kv_scales=runtime.cache.scales,
                 deterministic=self.config.deterministic,
+                least_cut=self.patch.least_cut,
             )
             inputs.recording = recording
         return runtime.runner.forward(model, inputs, ambient)

@@ -45,7 +45,7 @@ class NamespaceMaker:
     def make(
         self, model: nn.Module, selections: Iterable[Selection | None], num_pauses: int, salt: str
     ) -> Namespaces:
-        modules = tuple(base_modules(model))
+        modules = base_modules(model)
         version = weights_version(modules, self._samples)
         # Optimizers that work on copies (master weights) may leave no other trace than that they ran.
         steps = optimizer_steps()

@@ -191,7 +191,7 @@ def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     chunk = config.prefill_chunk_size
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         yield reason("prefill_chunk_size", repr(chunk))
-    for name in _installed_options() - KNOWN_OPTIONS:
+    for name in _unknown_options():
         if getattr(config, name, None) is not None:
             yield reason("unknown_option", name)
 
@@ -201,10 +201,10 @@ def _dynamic_caches(prepared: Prepared) -> tuple[str | None, ...]:
     return (None, "dynamic", *(("dynamic_full",) if prepared.method == speculation.METHOD else ()))
 
 
-def _installed_options() -> frozenset[str]:
+def _unknown_options() -> frozenset[str]:
     global _installed
     if _installed is None:
-        _installed = frozenset(n for n in vars(GenerationConfig()) if not n.startswith("_"))
+        _installed = frozenset(n for n in vars(GenerationConfig()) if not n.startswith("_")) - KNOWN_OPTIONS
     return _installed
 
 

@@ -45,9 +45,9 @@ def input_reasons(
     if pad is not None and len(ids) > 1 and not 0 <= int(pad) < engine.vocab_size:
         yield reason("token_range", f"pad_token_id={int(pad)}")
     mask, shape = prepared.attention_mask, (len(ids), prepared.prompt_width)
-    if mask is not None and not is_left_padding(mask, shape):
+    if mask is not None and not _is_left_padding(prepared, mask, shape):
         yield reason("attention_mask")
-    elif not _usual_positions(prepared.model_kwargs.get("position_ids"), mask, shape[1]):
+    elif not _usual_positions(prepared.model_kwargs.get("position_ids"), prepared.attended, shape[1]):
         yield reason("position_ids")
 
 
@@ -66,25 +66,25 @@ def _embeds_problem(model: GenerativeModel, prepared: Prepared, embeds: Tensor) 
     return None
 
 
-def is_left_padding(mask: Tensor, shape: tuple[int, int]) -> bool:
+def _is_left_padding(prepared: Prepared, mask: Tensor, shape: tuple[int, int]) -> bool:
     """Whether `mask` is of this shape, each row zeros, then at least one one, and nothing else."""
     if tuple(mask.shape) != shape or mask.is_complex():
         return False
-    ones = (mask == 1).cpu().numpy()
-    if ones.all():
+    ones = prepared.attended
+    if ones is None:
         return True
     known = ones | (mask == 0).cpu().numpy()
     return bool(known.all() and ones[:, -1].all() and (ones[:, 1:] | ~ones[:, :-1]).all())
 
 
-def _usual_positions(positions: Tensor | None, mask: Tensor | None, width: int) -> bool:
-    """Whether positions are those of a batch with this mask, which is one of left padding."""
+def _usual_positions(positions: Tensor | None, attended: np.ndarray | None, width: int) -> bool:
+    """Whether positions are those of a batch with this left padding."""
     if positions is None:
         return True
     given = positions.cpu().numpy()
-    expected = np.broadcast_to(np.arange(width), (given.shape[0], width))
-    if mask is not None:
-        expected = ((mask == 1).cpu().numpy().cumsum(-1) - 1).clip(0)
+    if attended is None:
+        return given.shape[1:] == (width,) and bool((given == np.arange(width)).all())
+    expected = (attended.cumsum(-1) - 1).clip(0)
     return given.shape == expected.shape and bool((given == expected).all())
 
 
@@ -94,7 +94,7 @@ def length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[Fallback
     if limit is None or not math.isfinite(limit):
         yield reason("no_length_limit")
         return
-    lengths = num_prompt_tokens(prepared).tolist()
+    lengths = prepared.prompt_lengths
     longest = max(lengths)
     # The last token made is never fed back: it needs no position.
     positions = longest + prepared.max_new_tokens - 1
@@ -114,11 +114,3 @@ def length_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[Fallback
             yield reason("kv_budget", f"{together} tokens of all rows, room for {capacity}")
     if capacity < needed:
         yield reason("kv_budget", f"{needed} tokens, room for {capacity}")
-
-
-def num_prompt_tokens(prepared: Prepared) -> Tensor:
-    """Prompt tokens of each row, pads not counted, [rows] int64."""
-    mask, ids = prepared.attention_mask, prepared.input_ids
-    if mask is None:
-        return torch.full((len(ids),), prepared.prompt_width, device=ids.device)
-    return (mask == 1).sum(-1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -108,6 +109,22 @@ class Prepared:
     @property
     def attention_mask(self) -> Tensor | None:
         return self.model_kwargs.get("attention_mask")
+
+    @functools.cached_property
+    def attended(self) -> np.ndarray | None:
+        """Where the mask is one, [rows, padded length] bool on the host; None where nothing is masked."""
+        mask = self.attention_mask
+        if mask is None:
+            return None
+        ones: np.ndarray = (mask == 1).cpu().numpy()
+        return None if ones.all() else ones
+
+    @functools.cached_property
+    def prompt_lengths(self) -> list[int]:
+        """Prompt tokens of each row, pads not counted."""
+        if self.attended is None:
+            return [self.prompt_width] * len(self.input_ids)
+        return self.attended.sum(-1).tolist()
 
     def run_upstream(self, model: GenerativeModel) -> Any:
         """The original decoding loop on the real model, with the very arguments it would have got."""

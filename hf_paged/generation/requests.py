@@ -16,7 +16,6 @@ from hf_paged.engine.request import Call
 from hf_paged.engine.sampling import LogitsEdit, SamplingSpec
 from hf_paged.generation.beams import advances_whole, beam_options, group_rows
 from hf_paged.generation.given_cache import given_kv
-from hf_paged.generation.input_checks import num_prompt_tokens
 from hf_paged.generation.lockstep import is_lockstep, row_criteria
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.speculation import speculation_of
@@ -91,7 +90,7 @@ def build_call(
         states=states,
         speculation=None if lockstep or states is not None else speculation_of(prepared),
     )
-    lengths = num_prompt_tokens(prepared).tolist()
+    lengths = prepared.prompt_lengths
     # At least 1: what has no position for its first token the engine refuses as it is.
     most = max(1, most_new_tokens(engine.position_limit, max(lengths), prepared.max_new_tokens))
     call.position_bound = most < prepared.max_new_tokens
