@@ -202,13 +202,14 @@ def _dynamic_caches(prepared: Prepared) -> tuple[str | None, ...]:
 
 
 def _unknown_options() -> frozenset[str]:
-    global _installed
-    if _installed is None:
-        _installed = frozenset(n for n in vars(GenerationConfig()) if not n.startswith("_")) - KNOWN_OPTIONS
-    return _installed
+    """Fields of the installed `GenerationConfig` that these checks have no answer to."""
+    global _unknown
+    if _unknown is None:
+        _unknown = frozenset(n for n in vars(GenerationConfig()) if not n.startswith("_")) - KNOWN_OPTIONS
+    return _unknown
 
 
-_installed: frozenset[str] | None = None
+_unknown: frozenset[str] | None = None
 
 
 def _kwargs_reasons(prepared: Prepared) -> Iterator[FallbackReason]:

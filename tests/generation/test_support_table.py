@@ -269,8 +269,7 @@ def test_explain_agrees_with_the_row(name: str, model: Any, table: dict[str, lis
 
 
 def test_an_option_nobody_knows_falls_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = installed_fields() | {"from_the_future"}
-    monkeypatch.setattr("hf_paged.generation.checks._installed", frozenset(fields))
+    monkeypatch.setattr("hf_paged.generation.checks._unknown", frozenset({"from_the_future"}))
     config = GenerationConfig(max_new_tokens=3)
     config.from_the_future = 1
     explanation = hf_paged.explain(model, input_ids=IDS, attention_mask=MASK, generation_config=config)
