@@ -98,6 +98,8 @@ async def best_beams(choice: Choice, first_within: float | None) -> list[Piece]:
 
 async def _ended(choice: Choice) -> list[Piece]:
     result = await choice.handle
-    pieces = [choice.replayed(beam.token_ids) for beam in result.beams or []]
+    # A search of one beam is greedy decoding: there are no beams to tell apart.
+    found = [result.token_ids] if result.beams is None else [beam.token_ids for beam in result.beams]
+    pieces = [choice.replayed(token_ids) for token_ids in found]
     choice.num_tokens = sum(len(piece.token_ids) for piece in pieces)
     return pieces

@@ -54,6 +54,20 @@ def test_texts_are_those_of_generate(
     assert answer["usage"]["completion_tokens"] <= 4 * 12
 
 
+def test_a_search_of_one_beam_is_greedy(client: httpx.Client, llama: Any, tokenizer: Any) -> None:
+    (expected,) = upstream(llama, tokenizer, "The list of", 1, 1)
+    answer = client.post("/v1/completions", json=BEAMS).json()
+    assert [choice["text"] for choice in answer["choices"]] == [expected]
+    messages = [{"role": "user", "content": "hello"}]
+    asked = {"messages": messages, "max_tokens": 5, "temperature": 0}
+    plain, search = (
+        client.post("/v1/chat/completions", json=asked | more).json()
+        for more in ({}, {"use_beam_search": True})
+    )
+    assert search["choices"] == plain["choices"]
+    assert search["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"] > 0
+
+
 def test_a_search_ends_at_stop_tokens(client: httpx.Client, llama: Any, tokenizer: Any) -> None:
     (text,) = upstream(llama, tokenizer, "The list of", 3, 1)
     stop = tokenizer(text, add_special_tokens=False)["input_ids"][4]

@@ -120,7 +120,6 @@ def test_what_chat_cannot_do_is_refused_by_name(client: httpx.Client) -> None:
         "chat_template": "{{ 1 }}",
         "chat_template_kwargs": {"tokenize": True},
         "prediction": {"type": "content", "content": "x"},
-        "use_beam_search": True,
         "prompt_logprobs": 1,
         "nonsense": None,
     }
