@@ -73,7 +73,7 @@ def test_every_case_is_inside_its_budgets(target, tmp_path):
     ops = {report["case"].split("/")[0] for report in reports}
     assert ops == {
         *("paged_decode", "paged_prefill", "store_kv", "store_kv_rope", "copy_blocks", "lora"),
-        *("rms_norm", "layer_norm", "silu_mul", "gelu", "sample"),
+        *("rms_norm", "layer_norm", "silu_mul", "gelu", "sample", "seeded_uniform"),
     }
 
 
