@@ -10,30 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.server.hostile import NO_NUMBERS, NUMBERS
 from tests.server.support import Running, error_of
 
 PROMPT = {"prompt": "The list of", "max_tokens": 4}
 USER = {"role": "user", "content": "x"}
-
-#: No number of the fields below. JSON as it is sent: Python's own writer refuses some of it.
-NO_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "true", '"1"', "[]", "{}", "-1e308", "1e308")
-NUMBERS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "n",
-    "best_of",
-    "max_tokens",
-    "min_tokens",
-    "logprobs",
-    "truncate_prompt_tokens",
-    "priority",
-)
 
 
 def send(client: httpx.Client, raw: str | bytes, route: str = "/v1/completions") -> httpx.Response:
