@@ -6,6 +6,9 @@ DEMO_MODEL ?= examples/models/llama
 # Real text, and few enough padded batches that it takes a minute or two.
 DEMO_OPTIONS ?= --prompts examples/prompts/mixed.jsonl --max-new-tokens 64 --padded-sizes 8,32 --padded-subset 32 \
     --loop-subset 16 --pool-rows 32
+# Processes of pytest, each on a core of its own; 0: one process on all of them.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 # More words for pytest, e.g. PYTEST_ARGS="--parity-seed=20260131 -x"
 PYTEST_ARGS ?=
 
@@ -34,14 +37,14 @@ demo: $(VENV)/.ready
 	$(BIN)/hf-paged compare $(DEMO_MODEL) $(DEMO_OPTIONS) --json compare.json
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-full: $(VENV)/.ready-test test-clients
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # An environment of its own: LangChain wants an older huggingface_hub than the newest transformers is run with.
 test-clients: .venv-clients/.ready
-	.venv-clients/bin/python -m pytest -m clients $(PYTEST_ARGS)
+	.venv-clients/bin/python $(PYTEST) -m clients $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
@@ -49,7 +52,7 @@ test-gpu: $(VENV)/.ready-test
 test-compat: $(COMPAT:%=.venv-%/.ready)
 	@set -e; for version in $(COMPAT); do \
 	    .venv-$$version/bin/python -c "import transformers; print('transformers', transformers.__version__)"; \
-	    .venv-$$version/bin/python -m pytest -m compat $(PYTEST_ARGS); \
+	    .venv-$$version/bin/python $(PYTEST) -m compat $(PYTEST_ARGS); \
 	done
 
 lint: $(VENV)/.ready-test

@@ -10,6 +10,15 @@ from collections.abc import Iterator
 # Before transformers is imported: nothing here may wait for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Workers of pytest-xdist have a core each, from the start: torch and numba count their threads when they are loaded,
+# and threads of two workers that wait for each other's cores take ten times as long. The kernels still see two.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if _worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker[2:]) % len(_cores)]})
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("NUMBA_NUM_THREADS", "2")
+
 import pytest
 import torch
 

@@ -1,8 +1,13 @@
-"""The Triton tests are left out, and the report says so, where Triton is not installed (it is only made for Linux)."""
+"""One or two threads for a test of kernels; the Triton tests are left out, and the report says so, without Triton."""
 
 from __future__ import annotations
 
 import importlib.util
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 collect_ignore_glob = [] if HAS_TRITON else ["test_triton_*.py"]
@@ -13,3 +18,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(
             "tests/kernels/test_triton_*.py not run: Triton is not installed", yellow=True
         )
+
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest, parity_seed: int) -> Iterator[None]:
+    """One or two threads for each test, chosen by the seed: the workers of pytest-xdist have one core each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 + zlib.crc32(f"{request.node.nodeid}{parity_seed}".encode()) % 2)  # noqa: TID251
+    yield
+    torch.set_num_threads(before)  # noqa: TID251
