@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_paged.kernels import reference
 from hf_paged.kernels.cpu_argmax import argmax_rows
+from hf_paged.kernels.cpu_linear import load_products
 from hf_paged.kernels.cpu_norm import rms_norm
 from hf_paged.kernels.cpu_paged_prefill import attend_long_queries
 from hf_paged.kernels.cpu_rope import rotate
@@ -212,3 +213,5 @@ def _warm_up(dtype: torch.dtype) -> None:
             kernels.finish_cut_rows(new.dtype)
             loop: Any = kernel_module("cpu_bins")
             loop.compile_loop()
+    if dtype is torch.float32:
+        load_products()

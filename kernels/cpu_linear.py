@@ -1,20 +1,28 @@
-"""Float32 matrix products on CPUs where torch's default library leaves half of the machine unused.
+"""Float32 matrix products on CPUs where torch's default library, MKL, leaves a part of the machine unused.
 
-torch hands float32 products to MKL, which on processors of other makers than Intel stays with AVX2 kernels.
-oneDNN, also part of torch, generates AVX-512 code on any of them: on a Zen 5 core it is 2 to 2.5 times as fast
-from two rows up, and 1.5 to 3 times for one row of GPT-2's layers, with the weights as they lie in memory
-(docs/decisions.md). The sums are float32 in both.
+On processors of other makers than Intel MKL stays with AVX2 kernels. oneDNN, also part of torch, generates AVX-512
+code on any of them: on a Zen 5 core it is 2 to 2.5 times as fast from two rows up, and 1.5 to 3 times for one row of
+GPT-2's layers, with the weights as they lie in memory.
+
+On Intel's MKL is the fastest for many rows, and for one, which is read from memory as fast as memory goes. For the few
+rows of a decode step it takes up to twice the time of our own tiles (`cpu_row_linear`).
+
+The sums are float32 in all three (docs/decisions.md has the measurements).
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["least_input", "linear", "onednn_is_faster"]
+from hf_paged.kernels import cpu_row_linear, cpu_runtime
+
+__all__ = ["has_faster_products", "least_input", "linear", "load_products", "onednn_is_faster"]
 
 #: A call takes about 15 us more than torch's own: worth it for weights that do not fit a core's cache, whatever the
 #: number of rows, and for many rows of smaller ones (measured, docs/decisions.md).
@@ -22,22 +30,61 @@ _MIN_WEIGHT, _MIN_WORK = 1 << 18, 3_000_000
 #: Below this MKL is as fast with any number of rows.
 _TINY_WEIGHT = 80_000
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+#: Rows for which our tiles beat MKL's AVX-512 kernels, by whether weights lie along K or across N, if each thread has
+#: more weights than its second cache holds (measured, docs/decisions.md).
+_ROWS_ALONG, _ROWS_ACROSS, _MIN_WEIGHT_OF_THREAD = range(4, 49), range(6, 33), 1 << 19
+#: Set once our tiles are compiled.
+_tiles_are_ready = threading.Event()
 
 
 @functools.cache
 def onednn_is_faster(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this process runs where MKL does not use AVX-512 and oneDNN does, and oneDNN's op works here."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not torch.backends.mkldnn.is_available():
         return False
+    return _maker_of_avx512(cpuinfo) not in ("", "GenuineIntel") and _op_works()
+
+
+@functools.cache
+def tiles_are_faster(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this process runs where MKL uses AVX-512 and our tiles do, and so are worth it for a few rows."""
+    return _maker_of_avx512(cpuinfo) == "GenuineIntel" and cpu_row_linear.missing() is None
+
+
+def has_faster_products() -> bool:
+    """Whether `linear` is worth a question here."""
+    return onednn_is_faster() or tiles_are_faster()
+
+
+def _maker_of_avx512(cpuinfo: Path) -> str:
+    """The maker's name of a processor on which torch uses AVX-512; empty for any other."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return ""
     try:
         vendor = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("vendor_id"))
     except (OSError, StopIteration):
-        return False
-    return "GenuineIntel" not in vendor and _op_works()
+        return ""
+    return vendor.partition(":")[2].strip()
+
+
+def load_products() -> None:
+    """Compiles our tiles in the background where they are worth it; until then products are MKL's."""
+    if tiles_are_faster():
+        cpu_runtime.load_in_background("tiles of float32 products", _compile_tiles)
+
+
+def _compile_tiles() -> None:
+    kernels: Any = cpu_runtime.kernel_module("cpu_row_linear_kernel")
+    if kernels is not None:
+        kernels.linear_along(torch.float32)
+        kernels.linear_across(torch.float32)
+        _tiles_are_ready.set()
 
 
 def least_input(weight: Tensor) -> int | None:
     """How many numbers an input must have to be worth a product with `weight` [N, K] by `linear`; None: it never is."""
+    if tiles_are_faster():
+        return _rows_of_tiles(weight).start * weight.shape[1] or None
     if weight.numel() < _TINY_WEIGHT:
         return None
     return 0 if weight.numel() >= _MIN_WEIGHT else -(-_MIN_WORK // max(1, weight.shape[0]))
@@ -73,7 +120,20 @@ def linear(
         or not torch.backends.mkldnn.enabled
     ):
         return None
-    return _product(x, weight, bias)
+    if onednn_is_faster():
+        return _product(x, weight, bias)
+    if x.numel() // weight.shape[1] not in _rows_of_tiles(weight):
+        return None
+    if not _tiles_are_ready.is_set() or cpu_runtime.is_loading(torch.float32):
+        return None
+    return cpu_row_linear.row_linear(x, weight, bias)
+
+
+def _rows_of_tiles(weight: Tensor) -> range:
+    """For how many rows our tiles are faster; empty if for none."""
+    if weight.numel() < _MIN_WEIGHT_OF_THREAD * torch.get_num_threads():
+        return range(0)
+    return _ROWS_ALONG if weight.stride(1) == 1 else _ROWS_ACROSS
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

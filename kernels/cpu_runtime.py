@@ -133,8 +133,10 @@ def is_loading(key: Hashable) -> bool:
 
 def wait_for_loading() -> None:
     """Returns when nothing is being loaded."""
-    for thread in list(_loading.threads.values()):
-        if thread is not threading.current_thread():
+    me = threading.current_thread()
+    # One may have started another.
+    while others := [thread for thread in list(_loading.threads.values()) if thread is not me]:
+        for thread in others:
             thread.join()
 
 

@@ -4,7 +4,7 @@
     LlamaRMSNorm       six                          -> rms_norm
     LlamaDecoderLayer  sum and norm after attention -> one launch, in steps of the Triton backend
     LlamaMLP           activation and product       -> one launch, in steps of the Triton backend
-    Linear, Conv1D     MKL's product                -> oneDNN's, where that is faster (`kernels.cpu_linear`)
+    Linear, Conv1D     MKL's product                -> oneDNN's or ours, where faster (`kernels.cpu_linear`)
 
 In float32 all agree with the original to rounding; in half precision they round once instead of at each
 operation, so they are nearer to the exact result. Bound like attention: outside of a step, and wherever the class
@@ -40,7 +40,7 @@ def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of `model` that have a fused form, each with the function to run in a step."""
     found = []
     table = dict(_FUSED)
-    if cpu_linear.onednn_is_faster():
+    if cpu_linear.has_faster_products():
         table |= _PRODUCTS
     # Each layer would feel them on a CPU, and they would never do anything there but in Triton's interpreter.
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
