@@ -59,6 +59,18 @@ def _inference_edit(model: nn.Module) -> None:
         _projection(model).weight.mul_(-0.5)
 
 
+def _activation(model: Any) -> None:
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    setattr(layers[0].mlp, "act" if hasattr(layers[0].mlp, "act") else "act_fn", nn.Tanh())
+
+
+def _norm_epsilon(model: Any) -> None:
+    for module in model.modules():
+        for name in ("eps", "variance_epsilon"):
+            if hasattr(module, name):
+                setattr(module, name, 30.0)
+
+
 CHANGES: dict[str, Any] = {
     "AdamW": lambda m: _optimizer(m),
     "fused AdamW": lambda m: _optimizer(m, fused=True),
@@ -74,6 +86,8 @@ CHANGES: dict[str, Any] = {
     ".to(dtype) and back": lambda m: m.to(torch.bfloat16).to(torch.float32),
     "weight of inference mode": _inference_weight,
     "edit of a weight of inference mode": _inference_edit,
+    "another activation": _activation,
+    "another epsilon": _norm_epsilon,
 }
 
 
@@ -99,6 +113,41 @@ def test_a_change_between_calls_leaves_no_stale_prefix(family: str) -> None:
             assert not torch.equal(after, before), f"{name} changes nothing: this would prove nothing"
         hf_paged.disable(model)
         hf_paged.disable(fresh)
+
+
+ROTARY_CHANGES: dict[str, Any] = {
+    "frequencies edited": lambda m: m.model.rotary_emb.inv_freq.mul_(0.1),
+    "other frequencies": lambda m: setattr(m.model.rotary_emb, "inv_freq", m.model.rotary_emb.inv_freq * 0.1),
+    "scaled rotation": lambda m: setattr(m.model.rotary_emb, "attention_scaling", 2.0),
+    "scaled attention": lambda m: setattr(m.model.layers[0].self_attn, "scaling", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY_CHANGES)
+def test_what_is_no_weight_leaves_no_stale_prefix_either(name: str) -> None:
+    model, plain = make_model("llama"), make_model("llama")
+    hf_paged.enable(model, block_size=4, kv_cache_memory="4MiB")
+    kwargs = INPUTS | {"max_new_tokens": 12, "do_sample": False}
+    before = [model.generate(**kwargs) for _ in range(2)][1]
+    assert hf_paged.stats(model).prefix_hit_tokens
+    for one in (model, plain):
+        ROTARY_CHANGES[name](one)
+    with native_calls(model):
+        after = model.generate(**kwargs)
+    assert_same_tokens(after, plain.generate(**kwargs))
+    assert not torch.equal(after, before), f"{name} changes nothing: this would prove nothing"
+
+
+def test_a_growing_rope_keeps_its_prefixes() -> None:
+    """Its frequencies are other ones after a long forward, and again after a short one."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = make_model("llama", rope_parameters=rope)
+    hf_paged.enable(model, block_size=4, kv_cache_memory="4MiB")
+    model.generate(**INPUTS, max_new_tokens=2)
+    hits = hf_paged.stats(model).prefix_hit_tokens
+    model(torch.tensor(random_prompts([150])))
+    model.generate(**INPUTS, max_new_tokens=2)
+    assert hf_paged.stats(model).prefix_hit_tokens > hits
 
 
 @pytest.fixture

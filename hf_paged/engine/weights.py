@@ -1,7 +1,8 @@
 """Noticing that weights changed, so that KV computed with old ones is never used with new ones.
 
 `_version` alone misses fused optimizers, `.data` edits and adapter merges, so the version also covers storage
-addresses, the optimizer steps each tensor took part in, a sample of values of each tensor, and what is merged.
+addresses, the optimizer steps each tensor took part in, a sample of values of each tensor, and what is merged; and of
+modules without weights (activations) which they are, and the float options of all (an epsilon, the scale of attention).
 `optimizer_steps` counts those of the whole process, for optimizers that work on copies. Adapters
 have versions of their own: loading or changing one leaves prefixes of the others and of the base model.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_paged.engine.adapters import adapter_facts, containers, entries, is_adapter_layer
@@ -30,6 +32,9 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 _UNITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 #: Values read from each tensor; a change that leaves all of them as they were goes unnoticed unless `_version` tells.
 SAMPLES = 4
+#: Rotary embeddings that make other frequencies as longer sequences come: these change nothing that is cached.
+_GROWING_ROPE = ("dynamic", "longrope")
+_float_options: dict[type, tuple[str, ...]] = {}  # class of modules -> their attributes that are floats
 
 
 def watch_optimizers() -> None:
@@ -55,25 +60,45 @@ def optimizer_steps() -> int:
 
 
 def weights_version(modules: Iterable[nn.Module], samples: Samples | None = None) -> bytes:
-    """A digest (32 bytes) that differs when a weight or saved buffer outside of adapters does, or what is merged.
+    """A digest (32 bytes) that differs when a weight, buffer or float option outside of adapters does, or what is merged.
 
     `modules` are those of `adapters.base_modules`. Cost is a few microseconds a tensor; less with the `samples` of the
     call before. CUDA values are not sampled here: that would wait for the device.
     """
     tensors: list[Tensor] = []
-    merged = []
+    merged: list[Any] = []
+    parts: list[Any] = []
     for module in modules:
         state = module.__dict__
         if state["_parameters"]:
             tensors.extend([p for p in state["_parameters"].values() if p is not None])
+        elif not state["_modules"]:
+            parts.append((id(module), id(type(module))))
         if state["_buffers"]:
-            # Buffers not saved are derived (RoPE frequencies grow with the longest forward): they are no weights.
-            derived = state.get("_non_persistent_buffers_set", ())
-            tensors.extend([b for n, b in state["_buffers"].items() if b is not None and n not in derived])
+            tensors.extend(buffers_of(state))
         # An attribute of PEFT's tuner layers only; the model itself has methods named like their other attributes.
         if "merged_adapters" in state:
             merged.append(module.merged_adapters)
-    return _digest(tensors, merged if any(merged) else None, samples)
+            continue
+        names = _float_options.get(type(module))
+        if names is None:
+            names = _float_options[type(module)] = _float_names(module)
+        if names:
+            parts.append([state.get(name) for name in names])
+    return _digest(tensors, (merged if any(merged) else None, parts), samples)
+
+
+def buffers_of(state: dict[str, Any]) -> list[Tensor]:
+    """The buffers of a module with this `__dict__` that what it computes depends on."""
+    growing = state.get("rope_type") in _GROWING_ROPE
+    derived = state.get("_non_persistent_buffers_set", ()) if growing else ()
+    return [b for n, b in state["_buffers"].items() if b is not None and n not in derived]
+
+
+def _float_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, _DropoutNd):
+        return ()
+    return tuple(n for n, v in vars(module).items() if type(v) is float and "dropout" not in n)
 
 
 def adapters_version(modules: Iterable[nn.Module], names: tuple[str, ...] | None) -> bytes:

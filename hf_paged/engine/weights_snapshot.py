@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.engine.adapters import base_modules, is_adapter_layer
-from hf_paged.engine.weights import PLAIN_TENSORS, SAMPLES, number_places
+from hf_paged.engine.weights import PLAIN_TENSORS, SAMPLES, buffers_of, number_places
 
 
 class WeightsSnapshot:
@@ -76,9 +76,8 @@ class _Part:
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[Tensor]:
-    derived = state.get("_non_persistent_buffers_set", ())
     yield from (p for p in state["_parameters"].values() if p is not None)
-    yield from (b for name, b in state["_buffers"].items() if b is not None and name not in derived)
+    yield from buffers_of(state)
 
 
 def _is_plain(tensor: Tensor) -> bool:
