@@ -177,7 +177,7 @@ def _run(engine: PagedEngine, prepared: Prepared) -> Any:
         records = None
         if call.lockstep is not None:
             records = run_in_lockstep(engine, prepared, call)
-        elif prepared.streamer is not None:
+        elif prepared.streamer is not None and call.sampling.beams is None:
             run_streamed(engine, prepared, call)
         else:
             engine.run(call)

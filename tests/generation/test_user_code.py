@@ -387,6 +387,13 @@ def test_whoever_reads_a_stream_does_not_wait_for_ever(kwargs: dict[str, Any], d
             running.result()
 
 
+def test_a_stream_of_sampled_beams_is_the_prompt_and_an_end(model: Any) -> None:
+    """Upstream refuses a streamer with beam search, and shows it the prompt alone with beam sampling."""
+    streamer = KeepingStreamer()
+    model.generate(**ONE, **PLAIN | {"do_sample": True}, streamer=streamer, num_beams=2)
+    assert [call[0] for call in streamer.calls] == ["put", "end"]
+
+
 def test_an_end_that_raises_is_called_once(model: Any) -> None:
     class Bad(KeepingStreamer):
         def end(self) -> None:
