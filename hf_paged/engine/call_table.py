@@ -40,6 +40,10 @@ if TYPE_CHECKING:
         def revert(self) -> None: ...
 
 
+#: Seconds in which blocks that are kept for returned caches come back when others wait for them.
+_SPILLING_S = 10.0
+
+
 class CallTable:
     """Takes calls up and ends them, whatever happened. Holds the model weakly."""
 
@@ -57,6 +61,8 @@ class CallTable:
         self.guard = WeightsGuard()
         self.gate: AdapterGate | None = None  # set where the number of adapters in the model is bounded
         self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)
+        #: `perf_counter()` since when nothing runs for want of blocks.
+        self.stuck_since: float | None = None
         self.dropped: deque[Call] = deque()  # calls nobody waits for any more
         self.failure: BaseException | None = None  # what the last step or the turning of it failed with
         self.step_started: float | None = None  # `perf_counter()` while the model runs
@@ -194,6 +200,22 @@ class CallTable:
             self.ready().scheduler.add(call)
         except Exception as error:
             self.fail([call], error)
+
+    def spill_kept(self) -> bool:
+        """Has blocks that are kept for returned caches given back: requests which run go before.
+
+        Returns:
+            Whether there are any, which come with one of the next steps.
+        """
+        calls = {s.call for s in self.kept}
+        self.stuck_since = self.stuck_since or time.perf_counter()
+        if not calls or time.perf_counter() - self.stuck_since > _SPILLING_S:
+            return False
+        for call in calls:
+            if call.spill is not None:
+                call.spill()
+        time.sleep(0.001)  # those of calls that have ended just now are still with the threads of these
+        return True
 
     def _fail_stuck(self, runtime: Runtime) -> None:
         """Nothing can be scheduled though something waits: the pool shrank under it or kept blocks fill it."""

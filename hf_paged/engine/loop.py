@@ -58,7 +58,8 @@ class StepLoop(CallTable):
         elif not failed:
             if self.attended:
                 return False
-            self._fail_stuck(runtime)
+            if not self.spill_kept():
+                self._fail_stuck(runtime)
         for call, error in failed:
             self.fail([call], error)
         return True
@@ -90,7 +91,7 @@ class StepLoop(CallTable):
             return
         if self._fail_lost(plan) or self._fail_stale(runtime, plan):
             return  # the others' tokens are planned again
-        self.failure, self.step_started = None, None
+        self.failure, self.step_started, self.stuck_since = None, None, None
         runtime.stepped()
         if recording is not None:
             states.keep(plan, recording)

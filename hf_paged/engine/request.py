@@ -180,6 +180,8 @@ class Call:
     #: does not end with the last fails the call (`engine.positions`).
     position_bound: bool = False
     keep_kv: bool = False  # blocks stay with the finished sequences until `PagedEngine.release_kv`
+    #: Copies the kept blocks out and gives them back; None until the call is in the hands of its user.
+    spill: Callable[[], object] | None = None
     sequences: list[Sequence] = field(default_factory=list)
     call_id: int = field(default_factory=lambda: next(_call_ids))
     error: BaseException | None = None

@@ -1,11 +1,13 @@
 """`past_key_values` of a native call: a `DynamicCache` filled from the blocks when it is first looked at.
 
 Until then the blocks stay in the pool. They go back when the cache is filled or dropped, and `fill_pending`
-fills what is still open before the pool must change hands (the next call, `release_memory`, `disable`).
+fills what is still open before the pool must change hands (the next call, `release_memory`, `disable`, a fork); the
+engine has it filled (`Call.spill`) where a running request cannot go on without its blocks.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,8 @@ class UnfilledCache(DynamicCache):
         release = weakref.finalize(self, engine.release_kv, call)
         release.atexit = False  # the pool goes with the process
         self.__dict__["_release"] = release
+        reference = weakref.ref(self)
+        call.spill = lambda: None if (cache := reference()) is None else fill(cache)
         with _lock:
             _pending.setdefault(engine, weakref.WeakSet()).add(self)
 
@@ -64,8 +68,10 @@ def fill(cache: DynamicCache) -> None:
             for layer, (keys, values) in enumerate(gather(engine, call)):
                 empty.update(keys, values, layer)
         release = cache.__dict__["_release"]
+        # What its user has put on it meanwhile stays.
+        users = {name: value for name, value in vars(cache).items() if name not in ("_source", "_release")}
         cache.__dict__.clear()
-        cache.__dict__.update(empty.__dict__)
+        cache.__dict__.update(empty.__dict__ | users)
         cache.__class__ = type(empty)
         pending = _pending.get(engine)
         if pending is not None:
@@ -78,6 +84,21 @@ def fill_pending(engine: PagedEngine) -> None:
     with _lock:
         for cache in list(_pending.get(engine, ())):
             fill(cache)
+
+
+def _fill_all() -> None:
+    with _lock:
+        for engine in list(_pending):
+            fill_pending(engine)
+
+
+def _unlock_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that does not exist there may hold the other one
+
+
+# A forked child has no blocks: it starts from an empty pool.
+os.register_at_fork(before=_fill_all, after_in_child=_unlock_in_child)
 
 
 def gather(engine: PagedEngine, call: Call) -> list[tuple[Tensor, Tensor]]:

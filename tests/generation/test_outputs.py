@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,6 +185,62 @@ def test_an_open_cache_survives_what_happens_to_the_model(pair: tuple[Any, Any],
     else:
         getattr(hf_paged, change)(model)
     assert_same_cache(actual.past_key_values, expected.past_key_values, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_an_open_cache_is_there_in_a_forked_child(pair: tuple[Any, Any]) -> None:
+    expected, actual = both(pair, **BATCH, max_new_tokens=5, return_dict_in_generate=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            assert_same_cache(actual.past_key_values, expected.past_key_values, 1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_a_user_puts_on_an_open_cache_stays(pair: tuple[Any, Any]) -> None:
+    _, actual = both(pair, **BATCH, max_new_tokens=2, return_dict_in_generate=True)
+    actual.past_key_values.turn = 3
+    assert actual.past_key_values.get_seq_length()
+    assert actual.past_key_values.turn == 3
+
+
+@pytest.mark.parametrize("places", [1, 3])
+def test_more_rows_than_places_though_all_of_them_are_returned(places: int) -> None:
+    """Rows that are done keep their blocks, not their places."""
+    plain, model = make_model("llama"), make_model("llama")
+    inputs = left_pad(random_prompts([5, 2, 9, 1, 7, 3, 4]))
+    kwargs = inputs | {"max_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True}
+    hf_paged.enable(model, block_size=4, max_num_seqs=places, fallback="error", kv_cache_memory="1MiB")
+    expected, actual = both((plain, model), **kwargs)
+    assert_same_tokens(actual.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(actual.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
+
+
+def test_an_open_cache_gives_way_to_a_request_that_runs() -> None:
+    plain, model = make_model("llama"), make_model("llama")
+    hf_paged.enable(model, block_size=4, fallback="error", kv_cache_memory=_bytes_of(model, 16 * 4))
+    long, short = random_prompts([4, 20])
+    options = {"do_sample": False, "eos_token_id": None}
+    inputs = left_pad([short])
+    running = hf_paged.engine(model).submit(
+        long, max_new_tokens=56, logits_edit=lambda *_: time.sleep(0.005), **options
+    )
+    output = model.generate(**inputs, **options, max_new_tokens=8, return_dict_in_generate=True)
+    assert not running.done
+    expected = plain.generate(**left_pad([long]), max_new_tokens=56, **options)
+    assert running.result(60).token_ids == expected[0, 4:].tolist()
+    wanted = plain.generate(**inputs, **options, max_new_tokens=8, return_dict_in_generate=True)
+    keys, wanted_keys = (o.past_key_values.layers[1].keys for o in (output, wanted))
+    torch.testing.assert_close(keys, wanted_keys, atol=1e-4, rtol=0)
+
+
+def _bytes_of(model: Any, num_tokens: int) -> int:
+    config = model.config
+    heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * 4 * num_tokens
 
 
 def test_an_open_cache_outlives_its_model() -> None:
