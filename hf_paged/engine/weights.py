@@ -60,7 +60,7 @@ def optimizer_steps() -> int:
 
 
 def weights_version(modules: Iterable[nn.Module], samples: Samples | None = None) -> bytes:
-    """A digest (32 bytes) that differs when a weight, buffer or float option outside of adapters does, or what is merged.
+    """A digest (32 bytes) that differs when a weight, buffer or float option outside of adapters does, or a merge.
 
     `modules` are those of `adapters.base_modules`. Cost is a few microseconds a tensor; less with the `samples` of the
     call before. CUDA values are not sampled here: that would wait for the device.
