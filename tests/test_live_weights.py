@@ -10,6 +10,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 
 import hf_paged
 from hf_paged.engine import registry
+from hf_paged.errors import EngineStateError
 from tests.helpers import FAMILIES, assert_same_tokens, left_pad, make_model, native_calls, random_prompts
 
 SHARED = random_prompts([40])[0]
@@ -238,6 +240,16 @@ def _slowed(model: Any) -> Any:
             del embedding.forward
 
     return Handle()
+
+
+def test_a_call_held_back_by_a_pause_ends_when_the_model_is_disabled(model: Any) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with hf_paged.paused(model):
+            held_back = pool.submit(lambda: model.generate(**INPUTS, max_new_tokens=4))
+            time.sleep(0.5)
+            hf_paged.disable(model)
+        with pytest.raises(EngineStateError, match="disabled"):
+            held_back.result(DEADLINE_S)
 
 
 def test_training_another_model_disturbs_nobody(model: Any) -> None:

@@ -49,6 +49,7 @@ class Crank:
         self._hand_over = False  # the holding caller shall let an engine thread take over
         self._thread: threading.Thread | None = None
         self._paused_by: int | None = None  # the thread that changes weights now
+        self._closed_by: BaseException | None = None  # what calls that come after `close` fail with
         self.num_pauses = 0  # `paused` blocks that have ended
 
     @property
@@ -170,12 +171,16 @@ class Crank:
         if self._paused_by == threading.get_ident():
             raise EngineStateError("the engine is paused by this thread: generate after the paused() block")
         self._idle.wait_for(lambda: self._paused_by is None)
+        if self._closed_by is not None:  # it may have waited long: the model is not patched any more
+            raise EngineStateError(str(self._closed_by))
         for call in calls:
             if call.num_pauses != self.num_pauses:
                 self._renew(call)
 
     def close(self, error: BaseException) -> None:
         """Ends every call with `error` and returns when nobody turns any more and no thread is left."""
+        with self._mutex:
+            self._closed_by = error
         thread = self._thread
         self.call_soon(lambda: self._loop.fail_all(error))
         self._wait_for_the_end()
