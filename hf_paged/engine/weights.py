@@ -73,7 +73,7 @@ def weights_version(modules: Iterable[nn.Module], samples: Samples | None = None
         if state["_parameters"]:
             tensors.extend([p for p in state["_parameters"].values() if p is not None])
         elif not state["_modules"]:
-            parts.append((id(module), id(type(module))))
+            parts += (id(module), id(type(module)))
         if state["_buffers"]:
             tensors.extend(buffers_of(state))
         # An attribute of PEFT's tuner layers only; the model itself has methods named like their other attributes.
@@ -84,15 +84,20 @@ def weights_version(modules: Iterable[nn.Module], samples: Samples | None = None
         if names is None:
             names = _float_options[type(module)] = _float_names(module)
         if names:
-            parts.append([state.get(name) for name in names])
+            parts += [state.get(name) for name in names]
     return _digest(tensors, (merged if any(merged) else None, parts), samples)
 
 
 def buffers_of(state: dict[str, Any]) -> list[Tensor]:
     """The buffers of a module with this `__dict__` that what it computes depends on."""
     growing = state.get("rope_type") in _GROWING_ROPE
-    derived = state.get("_non_persistent_buffers_set", ()) if growing else ()
-    return [b for n, b in state["_buffers"].items() if b is not None and n not in derived]
+    derived = state.get("_non_persistent_buffers_set", ())
+    # Derived booleans are masks, which no step reads.
+    return [
+        b
+        for n, b in state["_buffers"].items()
+        if b is not None and not (n in derived and (growing or b.dtype is torch.bool))
+    ]
 
 
 def _float_names(module: nn.Module) -> tuple[str, ...]:
