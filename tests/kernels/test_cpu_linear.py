@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,7 +72,7 @@ def test_until_they_are_compiled_the_library_serves(tiles, monkeypatch):
 def test_the_processors_maker_decides(tmp_path, monkeypatch, vendor, onednn, by_tiles):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(cpu_linear, "_op_works", lambda: True)
-    cpuinfo: Path = tmp_path / "cpuinfo"
+    cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("" if vendor is None else f"processor\t: 0\nvendor_id\t: {vendor}\n")
     assert cpu_linear.onednn_is_faster.__wrapped__(cpuinfo) is (
         onednn and torch.backends.mkldnn.is_available()
