@@ -5,7 +5,7 @@ code on any of them: on a Zen 5 core it is 2 to 2.5 times as fast from two rows 
 GPT-2's layers, with the weights as they lie in memory.
 
 On Intel's MKL is the fastest for many rows, and for one, which is read from memory as fast as memory goes. For the few
-rows of a decode step it takes up to twice the time of our own tiles (`cpu_row_linear`).
+rows of a decode step it takes up to 1.9 times as long as our own tiles (`cpu_row_linear`).
 
 The sums are float32 in all three (docs/decisions.md has the measurements).
 """
@@ -30,9 +30,9 @@ _MIN_WEIGHT, _MIN_WORK = 1 << 18, 3_000_000
 #: Below this MKL is as fast with any number of rows.
 _TINY_WEIGHT = 80_000
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-#: Rows for which our tiles beat MKL's AVX-512 kernels, by whether weights lie along K or across N, if each thread has
-#: more weights than its second cache holds (measured, docs/decisions.md).
-_ROWS_ALONG, _ROWS_ACROSS, _MIN_WEIGHT_OF_THREAD = range(4, 49), range(6, 33), 1 << 19
+#: Rows for which our tiles beat MKL's AVX-512 kernels, if weights lie along K and are more than the second cache of
+#: each thread holds. Across N, in GPT-2's layout, they are no faster (measured, docs/decisions.md).
+_ROWS_OF_TILES, _MIN_WEIGHT_OF_THREAD = range(4, 33), 1 << 19
 #: Set once our tiles are compiled.
 _tiles_are_ready = threading.Event()
 
@@ -77,7 +77,6 @@ def _compile_tiles() -> None:
     kernels: Any = cpu_runtime.kernel_module("cpu_row_linear_kernel")
     if kernels is not None:
         kernels.linear_along(torch.float32)
-        kernels.linear_across(torch.float32)
         _tiles_are_ready.set()
 
 
@@ -131,9 +130,8 @@ def linear(
 
 def _rows_of_tiles(weight: Tensor) -> range:
     """For how many rows our tiles are faster; empty if for none."""
-    if weight.numel() < _MIN_WEIGHT_OF_THREAD * torch.get_num_threads():
-        return range(0)
-    return _ROWS_ALONG if weight.stride(1) == 1 else _ROWS_ACROSS
+    is_large = weight.numel() >= _MIN_WEIGHT_OF_THREAD * torch.get_num_threads()
+    return _ROWS_OF_TILES if is_large and weight.stride(1) == 1 else range(0)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

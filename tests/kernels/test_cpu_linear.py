@@ -38,9 +38,8 @@ def weight_of(columns: int, size: int, layout: str) -> Tensor:
     return weight if layout == "linear" else weight.t().contiguous().t()
 
 
-@pytest.mark.parametrize("layout, rows", [("linear", range(4, 49)), ("conv1d", range(6, 33))])
-def test_a_few_rows_of_large_weights_go_by_tiles(tiles, layout, rows):
-    weight, bias = weight_of(2048, 1024, layout), torch.randn(2048)
+def test_a_few_rows_of_large_weights_go_by_tiles(tiles):
+    weight, bias, rows = weight_of(2048, 1024, "linear"), torch.randn(2048), range(4, 33)
     for count in (1, rows.start - 1, rows.start, rows.stop - 1, rows.stop, 100):
         x = torch.randn(1, count, 1024)
         tiles.clear()
@@ -50,8 +49,9 @@ def test_a_few_rows_of_large_weights_go_by_tiles(tiles, layout, rows):
             assert torch.allclose(output, F.linear(x, weight, bias), atol=1e-5)
 
 
-def test_small_weights_and_other_dtypes_do_not(tiles):
+def test_small_weights_and_other_layouts_and_dtypes_do_not(tiles):
     x = torch.randn(1, 16, 256)
+    assert cpu_linear.least_input(weight_of(16384, 256, "conv1d")) is None
     assert cpu_linear.least_input(weight_of(256, 256, "linear")) is None
     assert cpu_linear.linear(x, weight_of(256, 256, "linear"), None) is None
     wide = weight_of(16384, 256, "linear")
@@ -94,7 +94,7 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize("family, products", [(gpt2, 3 + 1), (llama, 3 + 1)])
+@pytest.mark.parametrize("family, products", [(gpt2, 1), (llama, 3 + 1)])
 def test_a_model_gives_the_same_tokens(tiles, family, products):
     torch.manual_seed(0)
     model = family().eval()
