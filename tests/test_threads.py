@@ -257,3 +257,48 @@ def test_interpreter_exit_with_requests_running():
             hf_paged.engine(model).submit([5 + i], max_new_tokens=120, do_sample=False, eos_token_id=None)
         """
     )
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_no_step_runs_while_upstream_shortens_the_model(monkeypatch, raises):
+    """Early exit sets the number of layers of the shared config while it drafts, and leaves it so when it raises."""
+    from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
+
+    model, plain = make_model("llama"), make_model("llama")
+    layers, prompt = model.config.num_hidden_layers, inputs(lengths=(9,))
+    assert layers > 1
+    expected = plain.generate(**prompt, **KWARGS)
+    drafting, seen, results = threading.Event(), [], []
+    original = EarlyExitCandidateGenerator.get_candidates
+
+    def slow(self, *args, **kwargs):
+        model.config.num_hidden_layers = 1
+        drafting.set()
+        seen.append(hf_paged.stats(model).running)
+        other.join(0.3)
+        if raises:
+            raise RuntimeError("no drafts today")
+        model.config.num_hidden_layers = layers
+        return original(self, *args, **kwargs)
+
+    def work():
+        drafting.wait(30)
+        results.append(model.generate(**prompt, **KWARGS))
+
+    monkeypatch.setattr(EarlyExitCandidateGenerator, "get_candidates", slow)
+    other = threading.Thread(target=work)
+    with hf_paged.enabled(model):
+        other.start()
+        if raises:
+            with pytest.raises(RuntimeError, match="no drafts"):
+                model.generate(**prompt, **KWARGS, assistant_early_exit=1)
+        else:
+            assert_same_tokens(model.generate(**prompt, **KWARGS, assistant_early_exit=1), expected)
+        other.join(60)
+        assert hf_paged.stats(model).native_calls == 1
+        with hf_paged.paused(model):  # no second pause by the same thread
+            if not raises:
+                model.generate(**prompt, **KWARGS, assistant_early_exit=1)
+    assert seen and not any(seen)
+    assert model.config.num_hidden_layers == layers
+    assert_same_tokens(results[0], expected)

@@ -53,6 +53,10 @@ class Crank:
         self.num_pauses = 0  # `paused` blocks that have ended
 
     @property
+    def is_paused_here(self) -> bool:
+        return self._paused_by == threading.get_ident()
+
+    @property
     def is_idle(self) -> bool:
         return not self._held and not self._inbox and not self._callers
 

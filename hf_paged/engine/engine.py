@@ -7,6 +7,7 @@ the step loop, its scheduler and its pool (`hf_paged.engine.loop`).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -63,6 +64,7 @@ class PagedEngine:
         self.adapters: AdapterHost | None = None  # set by `enable`; None: adapters are not looked after
         self.front: Any = None  # what `enable` put on the model itself, to be reverted with the patch
         self.replaced_generate: Any = None  # the instance's own `generate` before that
+        self.shortening = threading.RLock()  # held by who makes the model shorter than it is for a while
         self._loop = StepLoop(model, patch, config)
         self._crank = Crank(self._loop, self._renew)
         self._namespaces = NamespaceMaker(config.cache_salt, self.invalidate)
@@ -188,6 +190,11 @@ class PagedEngine:
     def paused(self) -> AbstractContextManager[None]:
         """Drains, then holds back new calls of other threads: weights may be changed inside."""
         return self._crank.paused()
+
+    @property
+    def is_paused_here(self) -> bool:
+        """Whether the calling thread is inside of `paused`."""
+        return self._crank.is_paused_here
 
     @property
     def is_idle(self) -> bool:

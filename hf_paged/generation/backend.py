@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from transformers.generation.utils import GENERATION_MODES_MAPPING
@@ -73,6 +74,9 @@ def _generate(
     kwargs: Mapping[str, Any],
 ) -> Any:
     reasons = early_reasons(model, replaced, engine, args, kwargs)
+    if reasons:
+        with engine.shortening:  # what another thread's early exit does to the model is no reason
+            reasons = early_reasons(model, replaced, engine, args, kwargs)
     if reasons:
         if engine.config.forbids_fallback:
             reasons += _reasons_after(model, engine, reasons, args, kwargs)
@@ -155,7 +159,7 @@ def _decode(
     reasons = [*early, *late_reasons(model, engine, prepared, attended=True)]
     if reasons:
         report_fallback(engine, reasons)
-        return prepared.run_upstream(model)
+        return _run_fallback(model, engine, prepared)
     generator = default_generator(prepared.input_ids.device) if prepared.config.do_sample else None
     state = None if generator is None else generator.get_state()
     try:
@@ -168,6 +172,21 @@ def _decode(
             engine, [reason("beam_search", "a prompt has no beam to go on with before others are done")]
         )
         return prepared.run_upstream(model)
+
+
+def _run_fallback(model: GenerativeModel, engine: PagedEngine, prepared: Prepared) -> Any:
+    """Upstream's loop. `assistant_early_exit` shortens the model by its config while it drafts, and does not undo that
+    where it raises: no step of the engine may run meanwhile, or it would use the first layers only.
+    """
+    if prepared.config.assistant_early_exit is None:
+        return prepared.run_upstream(model)
+    config = model.config.get_text_config(decoder=True)
+    layers = config.num_hidden_layers
+    with nullcontext() if engine.is_paused_here else engine.paused(), engine.shortening:
+        try:
+            return prepared.run_upstream(model)
+        finally:
+            config.num_hidden_layers = layers
 
 
 def _run(engine: PagedEngine, prepared: Prepared) -> Any:
