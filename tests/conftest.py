@@ -19,14 +19,14 @@ if _worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("NUMBA_NUM_THREADS", "2")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Triton decides when its kernels are defined, and transformers imports it: without a GPU they run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.helpers import check_engines
+from tests.helpers import check_engines  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

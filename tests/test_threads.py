@@ -299,6 +299,6 @@ def test_no_step_runs_while_upstream_shortens_the_model(monkeypatch, raises):
         with hf_paged.paused(model):  # no second pause by the same thread
             if not raises:
                 model.generate(**prompt, **KWARGS, assistant_early_exit=1)
-    assert seen and not any(seen)
+    assert seen == [0] * len(seen) != []
     assert model.config.num_hidden_layers == layers
     assert_same_tokens(results[0], expected)
