@@ -6,29 +6,25 @@ import numpy as np
 
 from hf_paged.kernels.cpu_jit import entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import argument, item_bytes, load, load_f32, store_f32
-from hf_paged.kernels.cpu_row_linear_tile import LANES, add_across, add_along, copy_lines, fma
+from hf_paged.kernels.cpu_row_linear_tile import LANES, add_across, add_along, fma
 
 __all__ = ["linear_across", "linear_along", "scratch_size"]
 
 #: Rows of x that stay in the second cache while all weights go by, and bytes they may take.
 _ROWS, _CHUNK_BYTES = 64, 384 * 1024
-#: Columns of a tile across N, and rows of weights gone through before the next tile of rows: 32 KiB, a first cache.
-_WIDTH, _DEPTH = 4 * LANES, 128
-#: From how many rows on a tile of weights is copied first. Its lines lie a row of weights apart, often a multiple of
-#: 4096 bytes: the caches have few places for those, and lose them before the next rows come by.
-_COPY_FROM = 5
+#: Columns of a tile across N, and rows of weights gone through before the next tile of rows.
+_WIDTH, _DEPTH = 4 * LANES, 512
 _ZERO = np.float32(0)
 
 _along_4x4, _along_1x4 = add_along(4, 4), add_along(1, 4)
 _along_4x1, _along_1x1 = add_along(4, 1), add_along(1, 1)
 _across_4x4, _across_1x4 = add_across(4, 4), add_across(1, 4)
 _across_4x1, _across_1x1 = add_across(4, 1), add_across(1, 1)
-_copy_lines = copy_lines(4)
 
 
 def scratch_size(size: int) -> int:
-    """Float32 numbers each part works in, for rows of `size`: sums, then a copy of some weights."""
-    return _ROWS * _WIDTH + _DEPTH * _WIDTH
+    """Float32 numbers each part works in, for rows of `size`: sums, then a copy of the last columns."""
+    return _ROWS * _WIDTH + _DEPTH * LANES
 
 
 @helper()
@@ -120,30 +116,23 @@ def _add_vector(x, x_stride, w, w_stride, count, sums, rows, tag):
 
 
 @helper()
-def _add_tile(x, x_stride, w, w_stride, count, sums, rows, tag):
-    """sums[m, c] += x[m, k] * w[k, c] for `count` k, all rows and `_WIDTH` columns."""
-    m = 0
-    while m + 4 <= rows:
-        _across_4x4(x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag)
-        m += 4
-    while m < rows:
-        _across_1x4(x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag)
-        m += 1
-
-
-@helper()
-def _add_columns(x, x_stride, w, w_stride, count, sums, rows, columns, copy, tag):
+def _add_columns(x, x_stride, w, w_stride, count, sums, rows, columns, edge, tag):
     """sums[m, c] += x[m, k] * w[k, c] for `count` k, all rows and up to `_WIDTH` columns.
 
-    Weights that are used often go to `copy`, and so do columns beyond the last whole vector: what lies beyond them
-    there is anything.
+    Columns beyond the last whole vector are copied to `edge`; what lies beyond them there is anything.
     """
     if columns == _WIDTH:
-        if rows >= _COPY_FROM:
-            _copy_lines(w, w_stride, count, copy, tag)
-            _add_tile(x, x_stride, copy, _WIDTH, count, sums, rows, _ZERO)
-        else:
-            _add_tile(x, x_stride, w, w_stride, count, sums, rows, tag)
+        m = 0
+        while m + 4 <= rows:
+            _across_4x4(
+                x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag
+            )
+            m += 4
+        while m < rows:
+            _across_1x4(
+                x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag
+            )
+            m += 1
         return
     size = item_bytes(tag)
     whole = columns // LANES * LANES
@@ -152,8 +141,8 @@ def _add_columns(x, x_stride, w, w_stride, count, sums, rows, columns, copy, tag
     if whole < columns:
         for k in range(count):
             for c in range(columns - whole):
-                store_f32(copy, k * LANES + c, load(w + (k * w_stride + whole) * size, c, tag))
-        _add_vector(x, x_stride, copy, LANES, count, sums + 4 * whole, rows, _ZERO)
+                store_f32(edge, k * LANES + c, load(w + (k * w_stride + whole) * size, c, tag))
+        _add_vector(x, x_stride, edge, LANES, count, sums + 4 * whole, rows, _ZERO)
 
 
 @kernel_by_dtype
@@ -174,7 +163,7 @@ def linear_across(tag):
         bias, output, stride = argument(arguments, 4), argument(arguments, 5), argument(arguments, 6)
         rows, width, size = argument(arguments, 7), argument(arguments, 8), argument(arguments, 9)
         sums = argument(arguments, 10) + 4 * index * argument(arguments, 11)
-        copy = sums + 4 * _ROWS * _WIDTH
+        edge = sums + 4 * _ROWS * _WIDTH
         tiles = (width + _WIDTH - 1) // _WIDTH
         begin, end = _WIDTH * (tiles * index // bins), min(width, _WIDTH * (tiles * (index + 1) // bins))
         for chunk in range(0, rows, _ROWS):
@@ -186,8 +175,18 @@ def linear_across(tag):
                 for k in range(0, size, _DEPTH):
                     source = x + 4 * (chunk * x_stride + k)
                     part = w + (k * w_stride + n) * item_bytes(tag)
-                    depth = min(_DEPTH, size - k)
-                    _add_columns(source, x_stride, part, w_stride, depth, sums, count, columns, copy, tag)
+                    _add_columns(
+                        source,
+                        x_stride,
+                        part,
+                        w_stride,
+                        min(_DEPTH, size - k),
+                        sums,
+                        count,
+                        columns,
+                        edge,
+                        tag,
+                    )
                 for m in range(count):
                     target = output + 4 * ((chunk + m) * stride + n)
                     for c in range(columns):

@@ -20,16 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = [
-    "LANES",
-    "add_across",
-    "add_along",
-    "add_pairs_across",
-    "add_pairs_along",
-    "copy_lines",
-    "fma",
-    "pair_columns",
-]
+__all__ = ["LANES", "add_across", "add_along", "add_pairs_across", "add_pairs_along", "fma", "pair_columns"]
 
 LANES = 16
 _F32, _F16 = ir.FloatType(), ir.HalfType()
@@ -168,30 +159,6 @@ def add_pairs_across(rows: int, vectors: int) -> Callable[..., Any]:
         return types.void(*[types.int64] * 7), generate
 
     return tile
-
-
-def copy_lines(vectors: int) -> Callable[..., Any]:
-    """Puts `count` rows of that many vectors of w [count, ...] one behind the other, as float32.
-
-    Addresses: w of `tag`, target float32 [count, vectors * LANES]; the stride in numbers.
-    """
-
-    @intrinsic
-    def copy(typing_context, w, w_stride, count, target, tag):
-        def generate(context, builder, signature, args):
-            w, w_stride, count, target, _tag = args
-            with cgutils.for_range(builder, count) as loop:
-                line = _step(builder, w, builder.mul(loop.index, w_stride), 1, _bytes(tag))
-                place = _step(builder, target, loop.index, vectors * LANES, 4)
-                for v in range(vectors):
-                    numbers = _load(builder, _step(builder, line, _I64(LANES), v, _bytes(tag)), LANES, tag)
-                    at = _pointer(builder, _step(builder, place, _I64(LANES), v, 4), _VECTOR)
-                    builder.store(numbers, at, align=4)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 4, tag), generate
-
-    return copy
 
 
 @intrinsic

@@ -52,6 +52,19 @@ def bins(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", KINDS, indirect=True, ids=str)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_every_number_of_rows(layout, dtype):
+    """A compiler may make a loop of its own for one of them."""
+    weight, bias = make_weight(70, 150, layout, dtype), random(150).to(dtype)
+    x = random(70, 70, dtype=dtype, seed=2)
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    alone = torch.cat([row_linear(x[i : i + 1], weight, bias) for i in range(len(x))])
+    assert (alone.double() - truth).abs().max() < (1e-4 if dtype is torch.float32 else 0.3)
+    for rows in range(1, len(x) + 1):
+        assert torch.equal(row_linear(x[:rows], weight, bias), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", KINDS, indirect=True, ids=str)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
 @pytest.mark.parametrize("size, columns", SHAPES)
 def test_near_the_truth(size, columns, layout, dtype, bins):
     x, weight, bias = (
