@@ -173,13 +173,14 @@ class Scheduler:
     def _admit(self, ambient: object, chosen: dict, copies: dict, budget: int) -> None:
         """Starts waiting sequences while tokens, places and blocks last."""
         admitted: list[int] = []  # places in `waiting`
-        # Those that take no part in a step: they wait for their callers, or for the other rows of their call.
+        # Those that take no part in a step: they wait for their callers, or for the other rows of their call. They keep
+        # their blocks, but no place.
         held = sum(1 for s in self.running if not _num_missing(s)) if self.waiting else 0
-        taken = self._num_places - held
+        taken = self._num_places
         if self.gate is not None:
             self.gate.begin()
         for place, seq in enumerate(self.waiting):
-            if budget <= 0 or taken >= self.max_num_seqs:
+            if budget <= 0 or taken - held >= self.max_num_seqs:
                 break
             if seq.call.ambient != ambient or self._will_be_forked(seq) or not _num_missing(seq):
                 continue
