@@ -6,12 +6,15 @@ request ends, and stop strings, which may begin in one token and end in another.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
 #: Tokens of context that the first new token is decoded in: enough for any character, and for the space before a word.
 _CONTEXT = 8
+#: What decoders write for bytes that are no character, or none yet; also a character that texts may have.
+_REPLACEMENT = "\ufffd"
 
 
 class TokenText:
@@ -28,7 +31,8 @@ class TokenText:
         self._skip = skip_special_tokens
         self._window = list(prompt[-_CONTEXT:])  # context of what is pending
         self._pending: list[int] = []  # tokens whose text did not come yet
-        self._stream = DecodeStream(ids=self._window, skip_special_tokens=skip_special_tokens)
+        self._repeated = ""  # what the stream will give out once more before its first text
+        self._begin()
 
     def push(self, token: int) -> str:
         """The text that is complete with `token`; it may be empty."""
@@ -38,12 +42,23 @@ class TokenText:
         except Exception:
             # The decoder rewrote text it had given out (tokenizers says "invalid prefix"): begins anew here.
             text = self.flush()
-            self._stream = DecodeStream(ids=self._window, skip_special_tokens=self._skip)
+            self._begin()
             return text
         if text is None:
             return ""
         self._forget_pending()
+        if self._repeated:
+            text = _without(self._repeated, text)
+            self._repeated = ""
         return text
+
+    def _begin(self) -> None:
+        """A stream that goes on from the window."""
+        self._stream = DecodeStream(ids=self._window, skip_special_tokens=self._skip)
+        before = self._decode(self._window)
+        # The stream takes such a context for unfinished and gives it out again before its first text, but for a
+        # character that only this text completes.
+        self._repeated = before if before.endswith(_REPLACEMENT) else ""
 
     def flush(self) -> str:
         """The text of what is pending, though it may be an incomplete character."""
@@ -63,6 +78,12 @@ class TokenText:
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
+
+
+def _without(beginning: str, text: str) -> str:
+    """`text` from where it stops being like `beginning`."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(beginning, text, strict=False))
+    return text[sum(1 for _ in same) :]
 
 
 class StopScanner:

@@ -41,6 +41,23 @@ def test_pieces_of_any_tokens_are_what_decoding_them_says(
     before = TOKENIZER.decode(prompt, skip_special_tokens=skip)
     if not before.endswith("\ufffd"):
         assert before + joined == whole
+    elif whole.startswith(before):
+        assert joined == whole[len(before) :]
+
+
+@pytest.mark.parametrize("prompt", ["a\ufffd", "\ufffd", "ab \ufffd\ufffd", "x" * 40 + "\ufffd"])
+@pytest.mark.parametrize("answer", [" the list", "\n", "\ufffd", "\ufffd and", "é", ""])
+def test_a_prompt_that_ends_in_a_replacement_character_is_not_repeated(prompt: str, answer: str) -> None:
+    encoded = TOKENIZER.encode(prompt, add_special_tokens=False)
+    ids = TOKENIZER.encode(answer, add_special_tokens=False)
+    assert "".join(pieces_of(encoded, ids)) == answer
+
+
+def test_a_character_that_the_prompt_began_is_the_answers() -> None:
+    first, *rest = TOKENIZER.encode("é", add_special_tokens=False)
+    assert rest
+    word = TOKENIZER.encode("caf", add_special_tokens=False)
+    assert "".join(pieces_of([*word, first], [*rest, *word])) == "écaf"
 
 
 def test_a_character_of_several_tokens_comes_whole() -> None:
