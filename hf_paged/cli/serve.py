@@ -40,6 +40,9 @@ def serve(
     max_sequences: Annotated[int, typer.Option(min=1, help="Running and waiting; beyond: 429")] = 512,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of all of them; beyond: 429")] = 2**20,
     max_connections: Annotated[int, typer.Option(min=1)] = 4096,
+    max_events_per_second: Annotated[
+        int, typer.Option(min=1, help="Of all streams together; beyond, tokens share an event")
+    ] = 1000,
     request_timeout: Annotated[float, typer.Option(help="Seconds a request may take")] = 600.0,
     queue_timeout: Annotated[float | None, typer.Option(help="Seconds to the first token")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds for running requests after SIGTERM")] = 30.0,
@@ -64,6 +67,7 @@ def serve(
             max_model_len=max_model_len,
             max_sequences=max_sequences,
             max_prompt_tokens=max_prompt_tokens,
+            max_events_per_second=max_events_per_second,
             request_timeout=request_timeout,
             queue_timeout=queue_timeout,
             drain_timeout=drain_timeout,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,14 @@ class Choice:
         self._text = TokenText(self._tokenizer, self.job.prompt, self._stops.skip_special_tokens)
         self._scanner = StopScanner(self._stops.strings, self._stops.include)
 
-    async def pieces(self, first_within: float | None = None) -> AsyncGenerator[Piece, None]:
+    async def pieces(
+        self, first_within: float | None = None, pause: Callable[[], float] | None = None
+    ) -> AsyncGenerator[Piece, None]:
         """The text as it comes.
 
         Args:
             first_within: seconds to the first token.
+            pause: seconds from a piece to the next, which then has all that came meanwhile.
 
         Raises:
             APIError: 503, it did not come.
@@ -75,6 +78,8 @@ class Choice:
                 if piece.text:
                     yield piece
                     piece = Piece()
+                    if pause is not None and not self.handle.done and (seconds := pause()):
+                        await asyncio.sleep(seconds)
                 tokens = await anext(updates, None)
         except TimeoutError:
             raise queue_timeout_error() from None

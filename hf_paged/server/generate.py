@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from fastapi import Request
@@ -126,7 +126,7 @@ async def _events(
         first = form.first_chunk(index)
         if first is not None:
             yield event(form.chunk([first], **extra))
-    merged = _merged(choices, state.config.queue_timeout)
+    merged = _merged(choices, state)
     try:
         async for index, piece in merged:
             yield event(form.chunk([form.piece_chunk(index, piece)], **extra))
@@ -138,12 +138,10 @@ async def _events(
         yield event(form.chunk([], usage=usage(choices, copies)))
 
 
-async def _merged(
-    choices: list[Choice], first_within: float | None
-) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _merged(choices: list[Choice], state: ServerState) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of all choices as they come, each with its choice's number. The first error ends all."""
     if len(choices) == 1:
-        pieces = choices[0].pieces(first_within)
+        pieces = _paced(choices[0], state)
         try:
             async for piece in pieces:
                 yield 0, piece
@@ -154,7 +152,7 @@ async def _merged(
 
     async def follow(index: int, choice: Choice) -> None:
         try:
-            async for piece in choice.pieces(first_within):
+            async for piece in _paced(choice, state):
                 arrived.put_nowait((index, piece))
         except Exception as error:
             arrived.put_nowait(error)
@@ -172,3 +170,11 @@ async def _merged(
         for task in following:
             task.cancel()
         await asyncio.gather(*following, return_exceptions=True)
+
+
+async def _paced(choice: Choice, state: ServerState) -> AsyncGenerator[Piece, None]:
+    """The pieces of a choice, as often as the number of streams allows."""
+    with state.pace.stream():
+        async with aclosing(choice.pieces(state.config.queue_timeout, state.pace.pause)) as pieces:
+            async for piece in pieces:
+                yield piece

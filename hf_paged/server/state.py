@@ -15,6 +15,7 @@ from hf_paged.server.grammar_request import grammar_request
 from hf_paged.server.grammars import Grammars
 from hf_paged.server.logits import Grammar
 from hf_paged.server.metrics import Metrics
+from hf_paged.server.pace import Pace
 from hf_paged.server.protocol import Sampling
 from hf_paged.server.runs import Runs
 from hf_paged.server.served_model import ServedModel
@@ -38,6 +39,7 @@ class ServerState:
         self.vocabulary = Vocabulary(tokenizer)
         self.metrics = Metrics(config.model_names[0], self._stats, vllm_names=config.vllm_metric_names)
         self.runs = Runs(self.served, Admission(config), self.metrics)
+        self.pace = Pace(config.max_events_per_second)
         self.grammars = Grammars(self.served, config)
         self._trial = asyncio.Lock()
 
