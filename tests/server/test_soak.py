@@ -5,6 +5,7 @@ pytest tests/server/test_soak.py --soak-requests=10000
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -13,7 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
@@ -43,6 +44,8 @@ BAD: tuple[dict[str, Any], ...] = (
     {"allowed_token_ids": [-1]},
 )
 KINDS = ("good", "good", "good", "good", "good", "stream", "seeded", "bad", "gone", "slow", "grammar", "load")
+#: Parts of the run; what is open is looked at after each, when nothing runs.
+_PARTS = 10
 #: Bytes the process may have grown by in the second half of the run.
 _GROWTH = 96 * 2**20
 
@@ -124,18 +127,32 @@ class Soak:
             self.loading.release()
 
 
-def resources() -> tuple[int, int, int]:
-    """Open files, threads and resident bytes of this process."""
+class Resources(NamedTuple):
+    """What this process has open."""
+
+    files: int
+    threads: int
+    tasks: int
+    resident_bytes: int
+
+
+def resources() -> Resources:
     gc.collect()
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), psutil.Process().memory_info().rss
+    # By type(): isinstance would ask lazy things of other libraries for their class.
+    tasks = sum(issubclass(type(thing), asyncio.Task) and not thing.done() for thing in gc.get_objects())
+    resident = psutil.Process().memory_info().rss
+    return Resources(len(os.listdir("/proc/self/fd")), threading.active_count(), tasks, resident)
 
 
-def settled(at_most: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The resources once connections and threads that are ending have ended."""
+def settled(at_most: Resources | None) -> Resources:
+    """The resources once connections, tasks and threads that are ending have ended."""
     deadline = time.monotonic() + 15
-    while (now := resources())[:2] > at_most[:2] and time.monotonic() < deadline:
+    while True:
+        now = resources()
+        ended = at_most is None or all(n <= m for n, m in zip(now[:3], at_most[:3], strict=True))
+        if ended or time.monotonic() > deadline:
+            return now
         time.sleep(0.05)
-    return now
 
 
 @pytest.mark.timeout(7200)
@@ -161,17 +178,18 @@ def test_soak(tokenizer: Any, tmp_path: Path, pytestconfig: pytest.Config) -> No
                 expected[name, "adapter"] = text(prompt=PROMPTS[0], temperature=0, model="mine")
             assert text(prompt="x", structured_outputs={"choice": ["a"]}) == "a"
         soak = Soak(server, expected, tmp_path)
-        with ThreadPoolExecutor(16) as threads:
-            list(threads.map(soak.one, range(total // 2)))
+        curve: list[Resources] = []
+        for part in range(_PARTS):
+            with ThreadPoolExecutor(16) as threads:
+                list(threads.map(soak.one, range(part * total // _PARTS, (part + 1) * total // _PARTS)))
             server.wait_until_empty(30)
-        before = resources()
-        with ThreadPoolExecutor(16) as threads:
-            list(threads.map(soak.one, range(total // 2, total)))
-            server.wait_until_empty(30)
-        after = settled(before)
-        assert after[0] <= before[0] + 2
-        assert after[1] <= before[1] + 2
-        assert after[2] <= before[2] + _GROWTH, f"{(after[2] - before[2]) / 2**20:.0f} MiB more"
+            curve.append(settled(curve[_PARTS // 2 - 1] if part >= _PARTS // 2 else None))
+            print(f"{(part + 1) * total // _PARTS} requests: {curve[-1]}", flush=True)
+        before, after = curve[_PARTS // 2 - 1], curve[-1]
+        for name in ("files", "threads", "tasks"):
+            assert getattr(after, name) <= getattr(before, name) + 2, name
+        grown = after.resident_bytes - before.resident_bytes
+        assert grown <= _GROWTH, f"{grown / 2**20:.0f} MiB more"
         with server.client() as client:
             assert client.get("/health").status_code == 200
     assert hf_paged.stats(model).fallback_calls == {}
