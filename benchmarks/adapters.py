@@ -7,37 +7,35 @@ law, on GPT-2 124M with random weights in float32. Arms:
   paged    hf_paged.generate_many(adapters=[...])
   base     hf_paged.generate_many of the same requests on a model without adapters
 PEFT's arms are tried once with each of --sizes; then all four run in turn, --repeats times, PEFT's at their best
-size, on whole batches spread over the work that cover about --subset requests. Tokens are compared between arms.
-Results are written to --json as they come, and --resume goes on from there.
+size, on whole batches spread over the work that cover about --subset requests, other ones each time. Enabling is not
+timed. Tokens are compared between arms.
 
-    python benchmarks/adapters.py [--model gpt2-124m] [--requests 64] [--adapters 16] [--rank 16]
-        [--repeats 3] [--subset 24] [--json FILE] [--resume] [--minutes M]
+    python benchmarks/adapters.py [--model gpt2-124m] [--requests 64] [--adapters 16] [--rank 16] [--sizes 8,16]
+        [--repeats 3] [--subset 24] [--json FILE [--resume]] [--minutes M]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import hashlib
 import random
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import psutil
 import torch
+from rows import Rows, add_arguments
 from transformers import GenerationConfig
 
 import hf_paged
-from hf_paged._env import environment
 from hf_paged.comparison.arms import position_limit
 from hf_paged.comparison.models import build_random, parse_dtype
-from hf_paged.comparison.report import write_json
 from hf_paged.comparison.sampling import Unit, rate_error, sample_units
 from hf_paged.comparison.workloads import Request, workload_from_lengths
 from hf_paged.kernels import cpu_runtime
@@ -110,12 +108,11 @@ def mixed_batches(names: list[str], size: int) -> list[Unit]:
 
 def run_peft(
     arm: str, model: Any, requests: list[Request], names: list[str], size: int, subset: int | None, seed: int
-) -> tuple[dict[str, Any], dict[int, list[int]]]:
-    """One arm of PEFT with one batch size, on a sample of its batches: what was measured, and the tokens by request."""
+) -> dict[str, Any]:
+    """One arm of PEFT with one batch size, on a sample of its batches."""
     units = (group_batches if arm == "groups" else mixed_batches)(names, size)
-    sample = sample_units(units, requests, subset, seed)
     tokens, seconds, outputs = [], [], {}
-    for unit in sample:
+    for unit in sample_units(units, requests, subset, seed):
         own = [requests[i] for i in unit.indices]
         start = time.perf_counter()
         if arm == "groups":
@@ -126,44 +123,37 @@ def run_peft(
         seconds.append(time.perf_counter() - start)
         tokens.append(sum(map(len, rows)))
         outputs |= dict(zip(unit.indices, rows, strict=True))
-    measured = {
-        "size": size,
-        "requests_run": len(outputs),
-        "tokens_per_second": sum(tokens) / sum(seconds),
-        "relative_error": rate_error(tokens, seconds, len(units)),
-        "seconds": sum(seconds),
-    }
-    return measured, outputs
+    error = rate_error(tokens, seconds, len(units))
+    return measured(sum(seconds), outputs) | {"relative_error": error}
 
 
-def run_paged(model: Any, requests: list[Request], names: list[str] | None) -> Outputs:
+def run_paged(model: Any, requests: list[Request], names: list[str] | None) -> dict[str, Any]:
+    """One arm of ours, on all requests."""
+    prompts = [list(r.prompt) for r in requests]
+    limits = [
+        GenerationConfig(max_new_tokens=r.max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+        for r in requests
+    ]
     with hf_paged.enabled(model, fallback="error"):
-        results = hf_paged.generate_many(
-            model,
-            [list(r.prompt) for r in requests],
-            generation_config=[
-                GenerationConfig(
-                    max_new_tokens=r.max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None
-                )
-                for r in requests
-            ],
-            adapters=names,
-        )
-    return [r.token_ids for r in results]
+        start = time.perf_counter()
+        results = hf_paged.generate_many(model, prompts, generation_config=limits, adapters=names)
+        seconds = time.perf_counter() - start
+    return measured(seconds, {i: result.token_ids for i, result in enumerate(results)})
 
 
-def agreement(tokens: Outputs, others: dict[int, list[int]]) -> float:
-    """Share of requests whose tokens are the same. Padding and ties move a few in float32."""
-    return sum(tokens[i] == other for i, other in others.items()) / len(others)
+def measured(seconds: float, outputs: dict[int, list[int]]) -> dict[str, Any]:
+    """What is kept of a run: of the tokens, by request, a hash."""
+    tokens = sum(map(len, outputs.values()))
+    hashes = {str(i): hashlib.sha256(str(ids).encode()).hexdigest()[:12] for i, ids in outputs.items()}
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "outputs": hashes}
 
 
 class Benchmark:
-    """The arms on one load, and the results so far. `keep` is called after each run, so that a run may be cut short."""
+    """The arms on one load, and the rows that are there so far."""
 
-    def __init__(
-        self, arguments: argparse.Namespace, result: dict[str, Any], keep: Callable[[], None]
-    ) -> None:
-        self.arguments, self.result, self.keep = arguments, result, keep
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.sizes = [int(size) for size in arguments.sizes.split(",")]
         self.model, memory = build(arguments.model, arguments.adapters, arguments.rank)
         self.base = build_random(arguments.model, parse_dtype("float32"))
         workload = workload_from_lengths(
@@ -175,91 +165,98 @@ class Benchmark:
         )
         self.requests = list(workload.requests)
         self.names = choose(len(self.requests), arguments.adapters, arguments.seed)
-        self.outputs: dict[str, dict[int, list[int]]] = {}
-        self.deadline = time.monotonic() + 60 * arguments.minutes
-        about = {"adapters": arguments.adapters, "rank": arguments.rank, "used": len(set(self.names))}
-        result["workload"] = workload.describe() | about
-        result.setdefault("memory_per_adapter", memory)
-        result.setdefault("trials", {"mixed": [], "groups": []})
-        result.setdefault("rounds", [])
-        result.setdefault("same_requests", {})
+        used = {"adapters": arguments.adapters, "rank": arguments.rank, "used": len(set(self.names))}
+        about = {"kind": "adapters", "model": arguments.model, "workload": workload.describe() | used}
+        self.rows = Rows(arguments, about | {"targets": TARGETS})
+        self.rows.data.setdefault("memory_per_adapter", memory)
 
     def warm_up(self) -> None:
         """Loads what is loaded once a process."""
-        run_paged(self.model, self.requests[:4], self.names[:4])
-        run_paged(self.base, self.requests[:4], None)
-        cpu_runtime.wait_for_loading()
-        run_paged(self.model, self.requests[:4], self.names[:4])
-        cpu_runtime.wait_for_loading()
+        for _ in range(2):
+            run_paged(self.model, self.requests[:4], self.names[:4])
+            run_paged(self.base, self.requests[:4], None)
+            cpu_runtime.wait_for_loading()
 
-    def out_of_time(self) -> bool:
-        return time.monotonic() > self.deadline
+    def run(self, arm: str, size: int, subset: int | None, seed: int) -> dict[str, Any]:
+        if arm == "paged":
+            return run_paged(self.model, self.requests, self.names)
+        if arm == "base":
+            return run_paged(self.base, self.requests, None)
+        return run_peft(arm, self.model, self.requests, self.names, size, subset, seed)
 
-    def peft_arm(self, arm: str, size: int, subset: int | None) -> dict[str, Any]:
-        measured, outputs = run_peft(
-            arm, self.model, self.requests, self.names, size, subset, self.arguments.seed
-        )
-        self.outputs.setdefault(arm, {}).update(outputs)
-        return measured
+    def best_size(self, arm: str) -> int:
+        """The batch size with which an arm of PEFT was fastest on a few requests."""
+        rates = {}
+        for size in self.sizes:
+            key = {"arm": arm, "size": size, "round": "trial"}
+            run = partial(self.run, arm, size, self.arguments.trial_subset, self.arguments.seed)
+            rates[size] = self.rows.get(key, run)["tokens_per_second"]
+        return max(rates, key=lambda size: rates[size])
 
-    def paged_arm(self, arm: str) -> dict[str, Any]:
-        model, names = (self.model, self.names) if arm == "paged" else (self.base, None)
-        start = time.perf_counter()
-        outputs = run_paged(model, self.requests, names)
-        seconds = time.perf_counter() - start
-        self.outputs[arm] = dict(enumerate(outputs))
-        tokens = sum(r.max_new_tokens for r in self.requests)
-        return {"seconds": seconds, "tokens_per_second": tokens / seconds}
-
-    def try_sizes(self) -> bool:
-        """Each of PEFT's arms once with each batch size. Returns whether all have been tried."""
-        for arm, tried in self.result["trials"].items():
-            for size in map(int, self.arguments.sizes.split(",")):
-                if any(one["size"] == size for one in tried):
-                    continue
-                if self.out_of_time():
-                    return False
-                tried.append(self.peft_arm(arm, size, self.arguments.trial_subset))
-                print(
-                    f"{arm} in batches of {size}: {tried[-1]['tokens_per_second']:.1f} tokens/s", flush=True
-                )
-                self.keep()
-        return True
-
-    def run_rounds(self) -> bool:
+    def run_rounds(self) -> list[dict[str, dict[str, Any]]]:
         """All four arms in turn, each round beginning with another one; PEFT's at their best size."""
-        best = {
-            arm: max(tried, key=lambda one: one["tokens_per_second"])["size"]
-            for arm, tried in self.result["trials"].items()
-        }
-        arms = ["paged", "base", *best]
-        for turn in range(len(self.result["rounds"]), self.arguments.repeats):
-            if self.out_of_time():
-                return False
-            runs = {}
-            for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
-                if arm in best:
-                    runs[arm] = self.peft_arm(arm, best[arm], self.arguments.subset or None)
-                else:
-                    runs[arm] = self.paged_arm(arm)
-            self.result["rounds"].append(runs)
-            ours = self.outputs["paged"]
-            for arm in best:
-                self.result["same_requests"][arm] = agreement(ours, self.outputs[arm])
-            shown = (f"{arm} {run['tokens_per_second']:.1f}" for arm, run in runs.items())
-            print("tokens/s: " + "  ".join(shown), flush=True)
-            self.keep()
-        return True
+        sizes = {"paged": 0, "base": 0} | {arm: self.best_size(arm) for arm in ("groups", "mixed")}
+        rounds = []
+        for turn in range(self.arguments.repeats):
+            order = [*sizes][turn % len(sizes) :] + [*sizes][: turn % len(sizes)]
+            rounds.append({})
+            for arm in order:
+                subset, seed = self.arguments.subset or None, self.arguments.seed + turn
+                run = partial(self.run, arm, sizes[arm], subset, seed)
+                rounds[-1][arm] = self.rows.get({"arm": arm, "size": sizes[arm], "round": turn}, run)
+        return rounds
 
-    def sum_up(self) -> None:
-        """Ratios of each round, and their medians."""
-        rounds = self.result["rounds"]
-        self.result["ratios"] = {}
+    def sum_up(self, rounds: list[dict[str, dict[str, Any]]]) -> None:
+        """Ratios of each round and their medians, and how many requests had the same tokens as ours."""
+        data = self.rows.data
+        data["ratios"] = {}
         for label in TARGETS:
             one, other = label.split(" / ")
-            each = [r[one]["tokens_per_second"] / r[other]["tokens_per_second"] for r in rounds]
-            self.result["ratios"][label] = {"median": statistics.median(each), "all": each}
-        self.keep()
+            pairs = [r[one]["tokens_per_second"] / r[other]["tokens_per_second"] for r in rounds]
+            data["ratios"][label] = {"median": statistics.median(pairs), "pairs": pairs}
+        ours = rounds[0]["paged"]["outputs"]
+        data["same_requests"] = {
+            arm: same([r[arm]["outputs"] for r in rounds], ours) for arm in ("paged", "groups", "mixed")
+        }
+        data["table"] = table(data, rounds)
+        self.rows.keep()
+
+
+def same(runs: list[dict[str, str]], ours: dict[str, str]) -> dict[str, int]:
+    """Of the requests of `runs`, those whose tokens are ours."""
+    pairs = [(output, ours[i]) for run in runs for i, output in run.items()]
+    return {"same": sum(a == b for a, b in pairs), "of": len(pairs)}
+
+
+def table(data: dict[str, Any], rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What docs/benchmarks.md shows of it."""
+    names = {
+        "groups": "PEFT, `set_adapter`, one group after another",
+        "mixed": "PEFT, mixed batch by `adapter_names`",
+        "base": "hf_paged, base model alone",
+        "paged": "hf_paged, all adapters in one batch",
+    }
+    lines = []
+    for arm, name in names.items():
+        runs = [r[arm] for r in rounds]
+        rate = statistics.median(run["tokens_per_second"] for run in runs)
+        ratio, least, verdict = data["ratios"].get(f"paged / {arm}"), "", ""
+        if ratio:
+            least = f"≥ {TARGETS[f'paged / {arm}']:g}"
+            pairs = ratio["pairs"]
+            verdict = f"{ratio['median']:.2f}× ({min(pairs):.2f}–{max(pairs):.2f})"
+        covered = f"{min(len(run['outputs']) for run in runs)} of {data['workload']['num_requests']}"
+        equal = data["same_requests"].get(arm)
+        told = f"{equal['same']} of {equal['of']}" if equal and arm != "paged" else ""
+        lines.append([name, runs[0]["size"] or "", f"{rate:.1f}", verdict, least, covered, told])
+    work = data["workload"]
+    about = (
+        f"{work['num_requests']} requests ({work['name']}) over {work['adapters']} LoRA adapters of rank "
+        f"{work['rank']} on every linear of the blocks, by Zipf's law, on {data['model']} in float32. An adapter takes "
+        f"{data['memory_per_adapter']:.3f} times its file in memory. Medians of {len(rounds)} rounds."
+    )
+    head = ["arm", "batch", "tokens/s", "hf_paged over that", "must be", "requests run", "tokens as ours"]
+    return {"about": about, "head": head, "rows": lines}
 
 
 def main() -> None:
@@ -268,40 +265,25 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--sizes", default="8,16,32")
+    parser.add_argument("--sizes", default="8,16")
     parser.add_argument("--subset", type=int, default=24, help="requests of PEFT's arms; 0 for all")
     parser.add_argument("--trial-subset", type=int, default=8, help="the same, to find the best size")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--resume", action="store_true", help="go on where --json ended")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so long")
+    add_arguments(parser)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    result: dict[str, Any] = {"environment": environment()}
-    if arguments.resume and arguments.json and arguments.json.is_file():
-        result = json.loads(arguments.json.read_text())
-
-    def keep() -> None:
-        if arguments.json:
-            write_json(arguments.json, result)
-
-    started = time.monotonic()
-    bench = Benchmark(arguments, result, keep)
+    bench = Benchmark(arguments)
     bench.warm_up()
-    print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
-    if not (bench.try_sizes() and bench.run_rounds()):
-        print("not finished: run again with --resume")
-        raise SystemExit(2)
-    bench.sum_up()
-    missed = 0
+    bench.sum_up(bench.run_rounds())
+    data, missed = bench.rows.data, 0
     for label, target in TARGETS.items():
-        ratio = result["ratios"][label]["median"]
+        ratio = data["ratios"][label]["median"]
         missed += ratio < target
         print(f"{label}: {ratio:.2f} (must be ≥ {target:g}){'' if ratio >= target else '  MISSED'}")
-    print(f"requests with the same tokens: {result['same_requests']}")
-    print(f"memory per adapter: {result['memory_per_adapter']:.2f} of its file (must be ≤ {MAX_MEMORY})")
-    raise SystemExit(1 if missed or result["memory_per_adapter"] > MAX_MEMORY else 0)
+    print(f"requests with the same tokens: {data['same_requests']}")
+    print(f"memory per adapter: {data['memory_per_adapter']:.3f} of its file (must be ≤ {MAX_MEMORY})")
+    raise SystemExit(1 if missed or data["memory_per_adapter"] > MAX_MEMORY else 0)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ Completions are sampled from a fixed seed and end at any of the ids of --ends (a
 ragged; hf_paged draws the samples `generate` draws. A second training by each pair decodes greedily: losses must be the
 same too. Every run is a row of --json, written at once.
 
-    python benchmarks/grpo.py [--models llama,gpt2,gpt2-5m] [--repeats 3] [--json FILE [--resume]]       needs trl
+    python benchmarks/grpo.py [--models llama,gpt2,gpt2-5m] [--repeats 3] [--json FILE [--resume]]
+        [--minutes M]       needs trl
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import Rows, add_arguments
 
 import hf_paged
-from hf_paged._env import environment
 from hf_paged.comparison.models import RANDOM_SHAPES, build_random, parse_dtype
-from hf_paged.comparison.report import write_json
 from hf_paged.kernels import cpu_runtime
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "models"
 PROMPTS = ("import", "The", "class", "A list is", "def f(x):", "If the", "The value of", "Note that")
-GENERATIONS, STEPS, LONGEST = 8, 2, 128
+#: TRL lets completions grow to 512 tokens; these end by themselves well before.
+GENERATIONS, STEPS, LONGEST = 8, 2, 256
 #: way -> (enabled, TRL's flag)
 WAYS = {
     "generate": (False, False),
@@ -143,6 +143,7 @@ def train(name: str, way: str, arguments: argparse.Namespace, *, sample: bool) -
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     row = {
         "seconds": sum(seconds),
+        "tokens": sum(map(sum, lengths)),
         "losses": [entry["loss"] for entry in logged],
         "grad_norms": [entry["grad_norm"] for entry in logged],
         "lengths": lengths,
@@ -155,44 +156,36 @@ def train(name: str, way: str, arguments: argparse.Namespace, *, sample: bool) -
 
 
 class Bench:
-    """The rows that are there, and where they are kept."""
+    """The rows that are there, and the others as they are wanted."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.path = arguments, arguments.json
-        known: dict[str, Any] = {}
-        if arguments.resume and self.path and self.path.exists():
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-        self.data: dict[str, Any] = {
+        self.arguments = arguments
+        targets = [{"arm": a, "against": b, "must": must} for (a, b), must in TARGETS.items()]
+        about = {
             "kind": "grpo",
             "completions": len(PROMPTS) * GENERATIONS,
             "longest": LONGEST,
             "steps": STEPS,
-            "pool": POOL,
-            "targets": [{"arm": a, "against": b, "must": must} for (a, b), must in TARGETS.items()],
-            "environment": known.get("environment") or environment(),
-            "rows": known.get("rows", []),
         }
+        about |= {
+            "ends": arguments.ends,
+            "micro_batch": arguments.micro_batch,
+            "pool": POOL,
+            "targets": targets,
+        }
+        self.rows = Rows(arguments, about)
         self.warm: set[tuple[str, str]] = set()
 
     def row(self, model: str, way: str, turn: int, *, sample: bool = True) -> dict[str, Any]:
         """The row of this training, from the file if it is there."""
-        key = {"model": model, "way": way, "sample": sample, "round": turn}
-        for row in self.data["rows"]:
-            if key.items() <= row.items():
-                return row
-        if (model, way) not in self.warm:
-            train(model, way, self.arguments, sample=sample)
-            self.warm.add((model, way))
-        row = key | train(model, way, self.arguments, sample=sample)
-        self.data["rows"].append(row)
-        tokens = sum(map(sum, row["lengths"]))
-        print(f"{model:9s} {way:20s} {row['seconds']:7.2f} s for {tokens} tokens", flush=True)
-        self.keep()
-        return row
 
-    def keep(self) -> None:
-        if self.path:
-            write_json(self.path, self.data)
+        def run() -> dict[str, Any]:
+            if (model, way) not in self.warm:
+                train(model, way, self.arguments, sample=sample)
+                self.warm.add((model, way))
+            return train(model, way, self.arguments, sample=sample)
+
+        return self.rows.get({"model": model, "way": way, "sample": sample, "round": turn}, run)
 
 
 def same_training(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
@@ -235,7 +228,7 @@ def table(data: dict[str, Any]) -> dict[str, Any]:
                 (r["median"] for name, r in result["ratios"].items() if name.startswith(f"{way} /")), None
             )
             against = next((b for a, b in TARGETS if a == way), "")
-            done = statistics.mean(sum(map(sum, row["lengths"])) for row in rows)
+            done = statistics.mean(row["tokens"] for row in rows)
             cells = [f"{seconds:.2f}", f"{done / seconds:.0f}", f"{ratio:.2f}× {against}" if ratio else ""]
             lengths = f"{tokens['least']}–{tokens['most']}, {tokens['mean']:.0f}"
             lines.append([model, lengths, way, *cells, str(len(rows))])
@@ -261,16 +254,15 @@ def main() -> None:
     )
     parser.add_argument("--micro-batch", type=int, default=16, help="rows a backward pass takes")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are in --json")
+    add_arguments(parser)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     bench, missed = Bench(arguments), 0
-    results = bench.data["results"] = {}
+    results = bench.rows.data.setdefault("results", {})
     for model in arguments.models.split(","):
         result = results[model] = compare(bench, model, arguments.repeats)
-        bench.data["table"] = table(bench.data)
-        bench.keep()
+        bench.rows.data["table"] = table(bench.rows.data)
+        bench.rows.keep()
         print(
             f"{model}: {result['new_tokens']} new tokens a completion; same training: {result['same_training']}"
         )

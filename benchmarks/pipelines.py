@@ -9,28 +9,28 @@ to 96 tokens, evenly spread. "uniform" has prompts of 80 tokens and outputs of 6
     batch_size N   pipe(texts, batch_size=N): padded batches, each to its longest row
     hf_paged       pipe(texts) after hf_paged.enable(pipe); enabling is not timed
 
-Each batch size runs once; then untouched, the best of them and hf_paged run in turn. Every run is a row of --json,
-written at once.
+Each batch size runs once; then untouched, the best of them and hf_paged run in turn, each turn beginning with another.
+Every run is a row of --json, written at once.
 
     python benchmarks/pipelines.py [--shape gpt2-124m] [--prompts 64] [--repeats 2] [--json FILE [--resume]]
+        [--minutes M]
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import random
 import statistics
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+from rows import Rows, add_arguments
+
 import hf_paged
-from hf_paged._env import environment
 from hf_paged.comparison.lengths import Lengths
 from hf_paged.comparison.models import build_random, parse_dtype
-from hf_paged.comparison.report import write_json
 from hf_paged.kernels import cpu_runtime
 
 SHORTEST, LONGEST = 24, 96
@@ -83,44 +83,26 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         from transformers import pipeline
 
-        self.path: Path | None = arguments.json
         self.model = build_random(arguments.shape, parse_dtype("float32"))
         vocab_size = self.model.config.vocab_size
         self.pipe = pipeline("text-generation", model=self.model, tokenizer=word_tokenizer(vocab_size))
         count, seed = arguments.prompts, arguments.seed
-        known: dict[str, Any] = {}
-        if arguments.resume and self.path and self.path.exists():
-            known = json.loads(self.path.read_text(encoding="utf-8"))
         lengths = Lengths(80, 0.8, 240).draw(count, random.Random(f"pipelines:{seed}"))
         ragged = make_prompts(lengths, vocab_size, seed)
-        ends = known.get("stop_ids") or stop_ids(self.model, ragged, seed)
+        about = {"kind": "pipelines", "shape": arguments.shape, "dtype": "float32", "prompts": count}
+        self.rows = Rows(arguments, about | {"seed": seed, "targets": TARGETS})
+        ends = self.rows.data.setdefault("stop_ids", None) or stop_ids(self.model, ragged, seed)
+        self.rows.data["stop_ids"] = ends
         self.workloads: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
             "ragged": (ragged, {"max_new_tokens": LONGEST, "eos_token_id": ends}),
             "uniform": (make_prompts([80] * count, vocab_size, seed + 1), {"max_new_tokens": 60}),
         }
-        self.data: dict[str, Any] = {
-            "kind": "pipelines",
-            "shape": arguments.shape,
-            "dtype": "float32",
-            "prompts": count,
-            "targets": TARGETS,
-            "stop_ids": ends,
-            "environment": known.get("environment") or environment(),
-            "rows": known.get("rows", []),
-        }
 
     def row(self, workload: str, arm: str, turn: int) -> dict[str, Any]:
         """The row of this run, from the file if it is there."""
-        key = {"workload": workload, "arm": arm, "round": turn}
-        for row in self.data["rows"]:
-            if key.items() <= row.items():
-                return row
-        row = key | self.run(workload, arm)
-        self.data["rows"].append(row)
-        print(f"{workload:8s} {arm:14s} {row['seconds']:7.2f} s, {row['tokens']} tokens", flush=True)
-        if self.path:
-            write_json(self.path, self.data)
-        return row
+        return self.rows.get(
+            {"workload": workload, "arm": arm, "round": turn}, partial(self.run, workload, arm)
+        )
 
     def run(self, workload: str, arm: str) -> dict[str, Any]:
         """One whole call of the pipeline."""
@@ -155,16 +137,17 @@ class Bench:
 def compare(bench: Bench, workload: str, repeats: int, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Runs what is missing of a workload and says how the arms compare."""
     once = {f"batch_size {size}": bench.row(workload, f"batch_size {size}", 0) for size in sizes}
-    untouched = [bench.row(workload, "untouched", 0)]
     best = min(once, key=lambda arm: once[arm]["seconds"])
-    arms = {"untouched": "untouched", "best batch_size": best}
-    ratios: dict[str, list[float]] = {name: [] for name in arms}
+    arms = {"untouched": "untouched", "best batch_size": best, "": "hf_paged"}
+    ratios: dict[str, list[float]] = {name: [] for name in TARGETS}
     for turn in range(repeats):
-        ours = bench.row(workload, "hf_paged", turn)
-        for name, arm in arms.items():
-            ratios[name].append(bench.row(workload, arm, turn)["seconds"] / ours["seconds"])
-    reference = untouched[0]["outputs"]
-    rows = [row for row in bench.data["rows"] if row["workload"] == workload]
+        order = [*arms][turn % len(arms) :] + [*arms][: turn % len(arms)]
+        rows = {name: bench.row(workload, arms[name], turn) for name in order}
+        for name in ratios:
+            ratios[name].append(rows[name]["seconds"] / rows[""]["seconds"])
+    untouched = bench.row(workload, "untouched", 0)
+    reference = untouched["outputs"]
+    rows = [row for row in bench.rows.data["rows"] if row["workload"] == workload]
     equal = {row["arm"]: sum(a == b for a, b in zip(row["outputs"], reference, strict=True)) for row in rows}
     return {
         "best": best,
@@ -172,9 +155,9 @@ def compare(bench: Bench, workload: str, repeats: int, sizes: tuple[int, ...]) -
         "pairs": ratios,
         "equal": equal,
         "new_tokens": {
-            "least": min(untouched[0]["lengths"]),
-            "mean": statistics.mean(untouched[0]["lengths"]),
-            "most": max(untouched[0]["lengths"]),
+            "least": min(untouched["lengths"]),
+            "mean": statistics.mean(untouched["lengths"]),
+            "most": max(untouched["lengths"]),
         },
     }
 
@@ -198,11 +181,13 @@ def table(data: dict[str, Any]) -> dict[str, Any]:
                 f"{result['equal'][arm]} of {data['prompts']}",
             ]
             lines.append([workload, arm, *cells, str(len(rows))])
-    tokens = data["results"]["ragged"]["new_tokens"]
+    spread = "; ".join(
+        f"{workload}: {tokens['least']} to {tokens['most']} new tokens a prompt, {tokens['mean']:.1f} in the mean"
+        for workload, tokens in ((w, result["new_tokens"]) for w, result in data["results"].items())
+    )
     about = (
         f"`pipe(texts)` over {data['prompts']} prompts on {data['shape']} in {data['dtype']}: seconds of the whole "
-        f"call. Ragged: {tokens['least']} to {tokens['most']} new tokens, {tokens['mean']:.1f} in the mean, ended by "
-        "the same stop rule in every arm; uniform: 60 each. `batch_size 1` is `untouched`."
+        f"call, the same stop rule in every arm. {spread[:1].upper()}{spread[1:]}. `batch_size 1` is `untouched`."
     )
     head = ["workload", "arm", "seconds", "tokens/s", "hf_paged over that", "texts as untouched", "runs"]
     return {"about": about, "head": head, "rows": lines}
@@ -216,17 +201,15 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--workloads", default="ragged,uniform")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are in --json")
+    add_arguments(parser)
     arguments = parser.parse_args()
     bench, missed = Bench(arguments), 0
-    results = bench.data["results"] = {}
+    results = bench.rows.data.setdefault("results", {})
     for workload in arguments.workloads.split(","):
         sizes = tuple(map(int, arguments.sizes.split(",")))
         result = results[workload] = compare(bench, workload, arguments.repeats, sizes)
-        bench.data["table"] = table(bench.data)
-        if arguments.json:
-            write_json(arguments.json, bench.data)
+        bench.rows.data["table"] = table(bench.rows.data)
+        bench.rows.keep()
         print(f"{workload}: {result['new_tokens']} new tokens a prompt")
         for name, ratio in result["ratios"].items():
             wanted = TARGETS[name] if workload == "ragged" else 0.0
