@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged.engine.variates import exponential, exponential_rows
+
 #: Half of the distance of two uniforms, and the least that one may be once it is negated: both exact in float32.
 _HALF_STEP, _LEAST = 2.0**-33, 2.0**-24 - 1
 
@@ -90,6 +92,10 @@ class LockstepDraws:
             self._draw(step, set())
         if self._peeked:
             self._peeked = {step: state for step, state in self._peeked.items() if step > t}
+        if t == self._num_drawn and self._live <= set(rows) and len(rows) < self._num_rows:
+            assert self._generator is not None
+            self._num_drawn += 1  # nobody lags: rows that have ended need nothing of it
+            return exponential_rows(rows, (self._num_rows, vocab), self._dtype, self._generator)
         if t == self._num_drawn:
             variates = self._draw(t, set(rows))
         else:
@@ -164,10 +170,7 @@ class LockstepDraws:
         return kept.variates
 
     def _variates(self, generator: torch.Generator) -> Tensor:
-        shape = (self._num_rows, self._vocab)
-        return torch.empty(shape, dtype=self._dtype, device=generator.device).exponential_(
-            generator=generator
-        )
+        return exponential((self._num_rows, self._vocab), self._dtype, generator)
 
     def _trim(self, newest: int) -> None:
         """Forgets variates, the oldest steps' first, until `kept_bytes` are held; `newest` always stays."""

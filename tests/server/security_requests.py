@@ -95,7 +95,10 @@ def grammars(world: World) -> None:
 
     world.all_refused([("/v1/completions", body(wanted)) for wanted in hostile.NO_GRAMMARS])
     began = time.monotonic()
-    world.refused("/v1/completions", body({"regex": "((((((((a{1,500}){1,500}){1,500}){1,500}){1,500}){1,500}){1,500}){1,500}){1,500}"}))
+    world.refused(
+        "/v1/completions",
+        body({"regex": "((((((((a{1,500}){1,500}){1,500}){1,500}){1,500}){1,500}){1,500}){1,500}){1,500}"}),
+    )
     assert time.monotonic() - began < 30
     recursive = {"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"}
     response = world.client.post("/v1/completions", content=body({"json": recursive}), headers=JSON)
