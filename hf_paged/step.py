@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,8 @@ class AdapterRuns:
     rows: list[tuple[Selection | None, int, int]]
     #: While a layer runs for one selection only: a list that holds it, for layers within that layer.
     within: list[Selection | None] = field(default_factory=list)
+    #: What layers need for `tokens`, by id of the layer: made for all of them when the first one asks.
+    prepared: dict[int, Any] = field(default_factory=dict)
 
     def of(self, count: int) -> list[tuple[Selection | None, int, int]]:
         """The runs of an input of `count` tokens."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from hf_paged.kernels.cpu_runtime import (
     num_bins,
     wait_for_loading,
 )
-from hf_paged.kernels.lora_matmul import LoraGroup, add_products
+from hf_paged.kernels.lora_matmul import LoraFacts, LoraGroup, add_products
 
 
 def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> None:
@@ -51,34 +51,55 @@ def lora_add_by_rows(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> 
 
 def _add_by_kernel(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> bool:
     """Whether the kernels took the groups; False leaves `output` as it was."""
+    table = table_of(groups)
+    return table is not None and add_by_table(output, x, table)
+
+
+class Table(NamedTuple):
+    """Groups as the kernels take them."""
+
+    fields: array[int]
+    scaling: array[float]
+    dtype: torch.dtype  # of the matrices
+    num_products: int  # numbers between the two launches
+    ranks: int  # the most of a group
+    work: int  # for each number of an input and an output row
+
+
+def table_of(groups: Sequence[LoraGroup]) -> Table | None:
+    """None for groups that the kernels cannot take."""
+    fields, scaling = array("q"), array("f")
     dtype = groups[0].a.dtype
-    kernels = _kernels(x.dtype, dtype)
-    if kernels is None or output.dtype is not x.dtype or output.device.type != "cpu":
-        return False
-    if x.stride(1) != 1 or output.stride(1) != 1 or torch.is_autocast_enabled("cpu"):
-        return False
-    table, scaling = array("q"), array("f")
     count = ranks = work = 0
-    for first, end, a, b, bias, factor in groups:
-        if a.dtype is not dtype or b.dtype is not dtype or not (a.is_contiguous() and b.is_contiguous()):
-            return False
-        if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
-            return False
-        rank = len(a)
-        table.extend(
-            (first, end, rank, a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), count)
-        )
+    for first, end, a, b, bias, factor, facts in groups:
+        rank, _, own_dtype, addresses, is_plain = facts or LoraFacts.of(a, b, bias)
+        if own_dtype is not dtype or not is_plain:
+            return None
+        fields.extend((first, end, rank, *addresses, count))
         scaling.append(factor)
         count += (end - first) * rank
         ranks = max(ranks, rank)
         work += rank * (end - first + 4)
+    return Table(fields, scaling, dtype, count, ranks, work)
+
+
+def add_by_table(output: Tensor, x: Tensor, table: Table) -> bool:
+    """Whether the kernels took these rows; False leaves `output` as it was."""
+    fields, scaling, dtype, count, ranks, work = table
+    kernels = _kernels(x.dtype, dtype)
+    if kernels is None or output.dtype is not x.dtype or output.device.type != "cpu":
+        return False
+    x_stride, x_step = x.stride()
+    stride, step = output.stride()
+    if x_step != 1 or step != 1 or torch.is_autocast_enabled("cpu"):
+        return False
     bins = num_bins(work * (x.shape[1] + output.shape[1]) * 4)
     scratch = torch.empty(count + bins * (ranks + 1) * kernels.TILE)
     products = scratch.data_ptr()
-    tables = (table.buffer_info()[0], scaling.buffer_info()[0], len(groups))
-    rows = (x.data_ptr(), x.stride(0), x.shape[1])
+    tables = (fields.buffer_info()[0], scaling.buffer_info()[0], len(scaling))
+    rows = (x.data_ptr(), x_stride, x.shape[1])
     launch(kernels.shrink(x.dtype, dtype), bins, (*tables, *rows, products))
-    rows = (output.data_ptr(), output.stride(0), output.shape[1])
+    rows = (output.data_ptr(), stride, output.shape[1])
     launch(kernels.expand(x.dtype, dtype), bins, (*tables, products, products + 4 * count, ranks, *rows))
     return True
 

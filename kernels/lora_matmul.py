@@ -10,13 +10,24 @@ import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
-__all__ = ["BACKENDS", "LoraGroup", "add_products", "lora_add_", "products_in"]
+__all__ = [
+    "BACKENDS",
+    "LoraFacts",
+    "LoraGroup",
+    "PreparedGroups",
+    "add_products",
+    "lora_add_",
+    "lora_add_prepared_",
+    "prepare",
+    "products_in",
+]
 
 #: Name -> module.
 BACKENDS = {
@@ -24,6 +35,30 @@ BACKENDS = {
     "cpu": "hf_paged.kernels.cpu_lora",
     "triton": "hf_paged.kernels.triton_lora",
 }
+
+
+class LoraFacts(NamedTuple):
+    """What kernels want to know of the matrices of an adapter. It holds no tensor."""
+
+    rank: int
+    widths: tuple[int, int]  # E_in, E_out
+    dtype: torch.dtype
+    addresses: tuple[int, int, int]  # of a, of b, of the bias or 0
+    #: Whether they fit together and are plain tensors of one dtype whose numbers lie side by side. If not, nothing
+    #: else here but the dtype says anything.
+    is_plain: bool
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, bias: Tensor | None) -> LoraFacts:
+        """Looks at matrices as those of a `LoraGroup`."""
+        tensors = [t for t in (a, b, bias) if t is not None]
+        fit = a.dim() == 2 and b.dim() == 2 and a.shape[0] == b.shape[1]
+        fit = fit and (bias is None or bias.shape == b.shape[:1])
+        if not fit or not all(type(t) in (Tensor, Parameter) and t.is_contiguous() for t in tensors):
+            return cls(0, (0, 0), a.dtype, (0, 0, 0), False)
+        is_plain = all(t.dtype is a.dtype for t in tensors)
+        addresses = (a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr())
+        return cls(a.shape[0], (a.shape[1], b.shape[0]), a.dtype, addresses, is_plain)
 
 
 class LoraGroup(NamedTuple):
@@ -35,6 +70,8 @@ class LoraGroup(NamedTuple):
     b: Tensor  # [E_out, rank]
     bias: Tensor | None  # [E_out], scaled as the product is
     scaling: float
+    #: Of these matrices as they are now; None: nobody has looked yet. Looking takes longer than most else in a step.
+    facts: LoraFacts | None = None
 
 
 def lora_add_(
@@ -59,14 +96,11 @@ def lora_add_(
     """
     if backend not in BACKENDS:
         raise ValueError(f"lora_add_: backend={backend!r}; must be one of {', '.join(BACKENDS)}")
-    if output.dim() != 2 or x.dim() != 2 or output.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"lora_add_: output {tuple(output.shape)} and x {tuple(x.shape)} must be [N, E_out] and [N, E_in]"
-        )
+    _check_inputs(output, x)
     if not groups:
         return output
     for group in groups:
-        _check(group, output, x)
+        _check(group, x.shape[0], (x.shape[1], output.shape[1]))
     if deterministic:
         if backend != "cpu":
             raise ValueError(f"lora_add_: backend={backend!r} is not deterministic")
@@ -76,13 +110,60 @@ def lora_add_(
     return output
 
 
-def _check(group: LoraGroup, output: Tensor, x: Tensor) -> None:
-    a, b = group.a.shape, group.b.shape
-    if not 0 <= group.first <= group.end <= x.shape[0]:
-        raise ValueError(f"lora_add_: rows {group.first} to {group.end} of {x.shape[0]}")
-    if len(a) != 2 or len(b) != 2 or a[1] != x.shape[1] or b[0] != output.shape[1] or a[0] != b[1]:
+class PreparedGroups(NamedTuple):
+    """Groups and what a backend makes of them before it has rows to work on."""
+
+    groups: Sequence[LoraGroup]
+    end: int  # of all groups
+    widths: tuple[int, int] | None  # E_in, E_out of all groups; None: they are looked at with the rows
+    table: Any  # the backend's own
+
+
+def prepare(groups: Sequence[LoraGroup], *, backend: str) -> PreparedGroups:
+    """For `lora_add_prepared_`, with groups whose `facts` are known.
+
+    Making ready a step's groups for all layers in a row is several times as fast as between the layers' products, after
+    each of which the caches hold something else.
+    """
+    first = groups[0].facts
+    widths = None if first is None else first.widths
+    if any(g.facts is None or g.facts.widths != widths or not 0 <= g.first <= g.end for g in groups):
+        return PreparedGroups(groups, 0, None, None)
+    table = _module(BACKENDS[backend]).table_of(groups) if backend == "cpu" else None
+    return PreparedGroups(groups, max(g.end for g in groups), widths, table)
+
+
+def lora_add_prepared_(output: Tensor, x: Tensor, prepared: PreparedGroups, *, backend: str) -> Tensor:
+    """`lora_add_` of what `prepare` gave for the same backend, while the matrices are where they were then."""
+    widths = prepared.widths
+    if widths is None:
+        return lora_add_(output, x, prepared.groups, backend=backend)
+    _check_inputs(output, x)
+    if widths != (x.shape[1], output.shape[1]) or prepared.end > x.shape[0]:
+        for group in prepared.groups:
+            _check(group, x.shape[0], (x.shape[1], output.shape[1]))
+    module = _module(BACKENDS[backend])
+    if prepared.table is None or not module.add_by_table(output, x, prepared.table):
+        module.lora_add_(output, x, prepared.groups)
+    return output
+
+
+def _check_inputs(output: Tensor, x: Tensor) -> None:
+    if output.dim() != 2 or x.dim() != 2 or output.shape[0] != x.shape[0]:
         raise ValueError(
-            f"lora_add_: a {tuple(a)} and b {tuple(b)} must be [rank, {x.shape[1]}] and [{output.shape[1]}, rank]"
+            f"lora_add_: output {tuple(output.shape)} and x {tuple(x.shape)} must be [N, E_out] and [N, E_in]"
+        )
+
+
+def _check(group: LoraGroup, rows: int, widths: tuple[int, int]) -> None:
+    if not 0 <= group.first <= group.end <= rows:
+        raise ValueError(f"lora_add_: rows {group.first} to {group.end} of {rows}")
+    if group.facts is not None and group.facts.widths == widths:
+        return
+    a, b = group.a.shape, group.b.shape
+    if len(a) != 2 or len(b) != 2 or (a[1], b[0]) != widths or a[0] != b[1]:
+        raise ValueError(
+            f"lora_add_: a {tuple(a)} and b {tuple(b)} must be [rank, {widths[0]}] and [{widths[1]}, rank]"
         )
 
 
@@ -99,7 +180,7 @@ def add_products(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> None
     """`lora_add_` with torch's matrix products, two a group, on any device: what the kernels cannot take."""
     autocast = torch.is_autocast_enabled(output.device.type)
     for group in groups:
-        first, end, a, b, bias, scaling = group
+        first, end, a, b, bias, scaling, _ = group
         rows = output[first:end]
         if autocast or not (output.dtype is a.dtype is b.dtype is x.dtype):
             # The sum is in the wider dtype, as PEFT's, and rounded once.

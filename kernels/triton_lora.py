@@ -280,7 +280,7 @@ def _is_readable(group: LoraGroup) -> bool:
 
 
 def _row(group: LoraGroup) -> tuple[int, ...]:
-    first, end, a, b, bias, _ = group
+    first, end, a, b, bias, _, _ = group
     return first, end, a.shape[0], a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr()
 
 

@@ -25,7 +25,8 @@ from hf_paged.engine.adapters import (
     row_adapters,
 )
 from hf_paged.errors import InvalidRequestError
-from hf_paged.integrations.peft_layers import active_state, run_in_step
+from hf_paged.integrations.peft_groups import LoraLayers
+from hf_paged.integrations.peft_layers import active_state, is_lora_linear, run_in_step
 from hf_paged.integrations.peft_residency import Residency
 from hf_paged.integrations.peft_tuners import BY_ADAPTER, GROUPED, is_grouped, problem_with
 from hf_paged.patches.apply import AppliedPatch
@@ -47,6 +48,7 @@ class PeftAdapters:
         self._model = weakref.ref(model)
         self._applied = weakref.ref(applied)
         self._layers: dict[int, weakref.ref[nn.Module]] = {}  # by id
+        self._lora = LoraLayers()
         self._parts: dict[str, AdapterPart] = {}
         self._tuner_patch: InstancePatch | None = None
         self._lock = threading.Lock()
@@ -68,10 +70,14 @@ class PeftAdapters:
                 layer = reference()
                 if layer is None or layer is not present.get(key):
                     del self._layers[key]
+                    self._lora.remove(key)
                     applied.release(key)
+            self._lora.look_again()
             for key, layer in present.items():
                 if key not in self._layers:
-                    applied.adopt(layer, run_in_step)
+                    if is_lora_linear(layer):
+                        self._lora.add(layer)
+                    applied.adopt(layer, functools.partial(run_in_step, self._lora))
                     self._layers[key] = weakref.ref(layer)
 
     def _present(self) -> list[Any]:

@@ -9,6 +9,7 @@ but what is active.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.engine.adapters import Selection
-from hf_paged.errors import FallbackError, WeightsChangedError
-from hf_paged.kernels.lora_matmul import LoraGroup, lora_add_
+from hf_paged.errors import FallbackError
+from hf_paged.integrations.peft_groups import LoraLayers, Runs, applied, refuse_merged
+from hf_paged.kernels.lora_matmul import lora_add_, lora_add_prepared_
 from hf_paged.step import AdapterRuns, StepInputs
 
 #: What PEFT's hooks add to the arguments of a layer; the step knows better.
 _ROW_ARGUMENTS = ("adapter_names", "alora_offsets")
 
-Runs = list[tuple[Selection | None, int, int]]
 
+def run_in_step(lora: LoraLayers, layer: nn.Module, step: StepInputs, *args: Any, **kwargs: Any) -> Any:
+    """The forward of `layer` within a step: each token with the adapters of its sequence.
 
-def run_in_step(layer: nn.Module, step: StepInputs, *args: Any, **kwargs: Any) -> Any:
-    """The forward of `layer` within a step: each token with the adapters of its sequence."""
+    Args:
+        lora: of the model; `layer` is one of them if `is_lora_linear(layer)`.
+    """
     for name in _ROW_ARGUMENTS:
         kwargs.pop(name, None)
     runs = step.adapters
@@ -40,10 +44,10 @@ def run_in_step(layer: nn.Module, step: StepInputs, *args: Any, **kwargs: Any) -
         raise TypeError(f"{type(layer).__name__} was called without an input tensor in first place")
     x = args[0]
     axis = 1 if x.dim() > 1 and x.shape[0] == 1 else 0
-    parts = [(None, 0, x.shape[axis])] if runs is None else runs.of(x.shape[axis])
-    grouped = _grouped_forward(layer)
-    if grouped is not None and all(_is_plain(layer, selection) for selection, _, _ in parts):
-        return grouped(layer, step, parts, axis, x, args[1:], kwargs)
+    parts: Runs = [(None, 0, x.shape[axis])] if runs is None else runs.of(x.shape[axis])
+    grouped = _grouped_forward(type(layer).forward)
+    if grouped is not None and _are_plain(layer, parts):
+        return grouped(lora, layer, step, parts, axis, x, args[1:], kwargs)
     if deterministic or runs is None:
         raise FallbackError(f"deterministic=True: {type(layer).__name__} does not treat each token alike")
     if not parts:  # no token
@@ -86,25 +90,18 @@ def _run_as(layer: nn.Module, selection: Selection | None, args: tuple, kwargs: 
     forward = type(layer).forward
     if selection is None:
         return forward(layer, *args, **kwargs)
-    _refuse_merged(layer)
+    refuse_merged(layer)
     return forward(shadow(layer, selection), *args, **kwargs)
-
-
-def _refuse_merged(layer: Any) -> None:
-    if vars(layer).get("merged_adapters"):
-        raise WeightsChangedError(
-            f"adapters {layer.merged_adapters} were merged into the weights while requests ran"
-        )
 
 
 # --- plain LoRA -------------------------------------------------------------------------------------------------------
 
 
-def _grouped_forward(layer: nn.Module) -> Callable[..., Tensor] | None:
-    """The forward that computes the base once, for layers whose own forward is the one known here (`is_grouped`)."""
+@functools.lru_cache(maxsize=1024)
+def _grouped_forward(forward: Any) -> Callable[..., Tensor] | None:
+    """What computes the base once, for layers whose own `forward` is one known here (`is_grouped`)."""
     from peft.tuners.lora import layer as lora
 
-    forward = type(layer).forward
     if forward is lora.Linear.forward:
         return _linear
     if forward is lora.Embedding.forward:
@@ -112,53 +109,55 @@ def _grouped_forward(layer: nn.Module) -> Callable[..., Tensor] | None:
     return None
 
 
-def _is_plain(layer: Any, selection: Selection | None) -> bool:
-    if not layer.lora_variant:
+def _are_plain(layer: Any, parts: Runs) -> bool:
+    """Whether no adapter of `parts` has a variant of LoRA's forward in this layer."""
+    variants = layer.lora_variant
+    if not variants:
         return True
-    names = layer.active_adapters if selection is None else selection.names
-    return not any(name in layer.lora_variant for name in names)
+    selected = (layer.active_adapters if selection is None else selection.names for selection, _, _ in parts)
+    return not any(name in variants for names in selected for name in names)
 
 
-def _names(layer: Any, selection: Selection | None) -> Any:
-    """The adapters `layer` applies to tokens of `selection`."""
-    if selection is None:
-        return () if layer.merged or layer.disable_adapters else layer.active_adapters
-    if layer.merged_adapters:
-        _refuse_merged(layer)
-    return selection.names
+def is_lora_linear(layer: nn.Module) -> bool:
+    """Whether the groups of `layer` are those of `LoraLayers`."""
+    return _grouped_forward(type(layer).forward) is _linear
 
 
 def _linear(
-    layer: Any, step: StepInputs, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict
+    lora: LoraLayers,
+    layer: Any,
+    step: StepInputs,
+    parts: Runs,
+    axis: int,
+    x: Tensor,
+    args: tuple,
+    kwargs: dict,
 ) -> Tensor:
-    output = layer.base_layer(x, *args, **kwargs)
-    modules = layer._modules
-    matrices_a, matrices_b = modules["lora_A"]._modules, modules["lora_B"]._modules
-    groups = []
-    for selection, first, end in parts:
-        for name in _names(layer, selection):
-            a, b = matrices_a.get(name), matrices_b.get(name)
-            if a is not None and b is not None:
-                a, b = a._parameters, b._parameters
-                groups.append(LoraGroup(first, end, a["weight"], b["weight"], b["bias"], layer.scaling[name]))
-    if groups:
-        lora_add_(
-            output.flatten(0, -2),
-            x.flatten(0, -2),
-            groups,
-            backend=step.backend,
-            deterministic=step.metadata.deterministic,
-        )
+    output = layer._modules["base_layer"](x, *args, **kwargs)
+    groups = lora.groups(layer, step, parts)
+    if groups is not None:
+        rows, inputs = output.flatten(0, -2), x.flatten(0, -2)
+        if step.metadata.deterministic:
+            lora_add_(rows, inputs, groups.groups, backend=step.backend, deterministic=True)
+        else:
+            lora_add_prepared_(rows, inputs, groups, backend=step.backend)
     return output
 
 
 def _embedding(
-    layer: Any, step: StepInputs, parts: Runs, axis: int, x: Tensor, args: tuple, kwargs: dict
+    lora: LoraLayers,
+    layer: Any,
+    step: StepInputs,
+    parts: Runs,
+    axis: int,
+    x: Tensor,
+    args: tuple,
+    kwargs: dict,
 ) -> Tensor:
     output = layer.base_layer(x, *args, **kwargs)
     scale = layer._get_embed_scale()
     for selection, first, end in parts:
-        for name in _names(layer, selection):
+        for name in applied(layer, selection):
             if name not in layer.lora_embedding_A:
                 continue
             after_a = layer._embed(x.narrow(axis, first, end - first), layer.lora_embedding_A[name].T)

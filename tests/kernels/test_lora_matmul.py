@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_paged.kernels import cpu_jit, cpu_lora, cpu_runtime
-from hf_paged.kernels.lora_matmul import LoraGroup, lora_add_
+from hf_paged.kernels.lora_matmul import LoraFacts, LoraGroup, lora_add_
 
 ROWS, WIDTH, OUT = 23, 40, 56
 KERNELS = cpu_lora._kernels
@@ -41,7 +41,7 @@ def case(
 
 def expected(output: torch.Tensor, x: torch.Tensor, groups: list[LoraGroup]) -> torch.Tensor:
     total = output.to(torch.float64, copy=True)
-    for first, end, a, b, bias, scaling in groups:
+    for first, end, a, b, bias, scaling, _ in groups:
         total[first:end] += (
             x[first:end].double() @ a.double().T @ b.double().T + (0 if bias is None else bias.double())
         ) * scaling
@@ -129,7 +129,7 @@ def test_kernels_of_every_shape(rank: int, width: int, columns: int) -> None:
 def test_a_row_does_not_depend_on_what_else_is_in_the_step() -> None:
     assert loaded(torch.float32, torch.float32)
     output, x, groups = case(torch.float32, torch.float32)
-    _, _, a, b, bias, scaling = groups[4]
+    _, _, a, b, bias, scaling, _ = groups[4]
     alone = output[3:4].clone()
     cpu_lora._add_by_kernel(alone, x[3:4], [LoraGroup(0, 1, a, b, bias, scaling)])
     cpu_lora._add_by_kernel(output, x, [LoraGroup(1, 22, a, b, bias, scaling), groups[0]])
@@ -161,11 +161,15 @@ def test_under_autocast_products_are_in_its_dtype() -> None:
         ({"first": -1}, "rows"),
     ],
 )
-def test_bad_groups_are_refused(change: dict, message: str) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_bad_groups_are_refused(change: dict, message: str, known: bool) -> None:
     output, x, groups = case(torch.float32, torch.float32)
     before = output.clone()
+    group = groups[1]._replace(**change)
+    if known:
+        group = group._replace(facts=LoraFacts.of(group.a, group.b, group.bias))
     with pytest.raises(ValueError, match=message):
-        lora_add_(output, x, [groups[1]._replace(**change)], backend="cpu")
+        lora_add_(output, x, [group], backend="cpu")
     assert torch.equal(output, before)
 
 

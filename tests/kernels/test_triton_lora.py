@@ -36,7 +36,7 @@ def inputs(rows, width, columns, dtype):
 
 def expected(output, x, groups):
     total = output.to(torch.float64, copy=True)
-    for first, end, a, b, bias, scaling in groups:
+    for first, end, a, b, bias, scaling, _ in groups:
         more = x[first:end].double() @ a.double().T @ b.double().T
         total[first:end] += (more + (0 if bias is None else bias.double())) * scaling
     return total
