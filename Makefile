@@ -21,8 +21,8 @@ COMPAT := 5.6 5.17
 
 help:
 	@echo "make demo         one model, with and without hf_paged: a table, and compare.json"
-	@echo "make test         units and a rotating part of the parity grid (at most 15 minutes on 2 cores)"
-	@echo "make test-full    everything, slow tests and other people's libraries too (at most 85 minutes)"
+	@echo "make test         units and a rotating part of the parity grid (9 minutes on 2 cores)"
+	@echo "make test-full    everything, slow tests and other people's libraries too (17 minutes on 2 cores)"
 	@echo "make test-clients the tests with TRL, lm-evaluation-harness, LangChain, outlines and others (3 minutes)"
 	@echo "make test-compat  parity on the oldest and a middle transformers ($(COMPAT))"
 	@echo "make test-gpu     the tests that need a CUDA device"
