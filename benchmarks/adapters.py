@@ -253,7 +253,8 @@ def table(data: dict[str, Any], rounds: list[dict[str, dict[str, Any]]]) -> dict
     about = (
         f"{work['num_requests']} requests ({work['name']}) over {work['adapters']} LoRA adapters of rank "
         f"{work['rank']} on every linear of the blocks, by Zipf's law, on {data['model']} in float32. An adapter takes "
-        f"{data['memory_per_adapter']:.3f} times its file in memory. Medians of {len(rounds)} rounds."
+        f"{data['memory_per_adapter']:.3f} times its file in memory. "
+        + ("One round." if len(rounds) == 1 else f"Medians of {len(rounds)} rounds.")
     )
     head = ["arm", "batch", "tokens/s", "hf_paged over that", "must be", "requests run", "tokens as ours"]
     return {"about": about, "head": head, "rows": lines}
