@@ -22,8 +22,11 @@ _WITHOUT_WEIGHTS = "sdpa"
 
 
 def state_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[FallbackReason]:
-    """Why the attentions of a call cannot be told as upstream would."""
+    """Why the inner states of a call cannot be told as upstream would."""
     config = prepared.config
+    wanted = config.output_hidden_states
+    if config.return_dict_in_generate and wanted and wanted is not True and not selects_layers():
+        yield reason("unknown_option", f"output_hidden_states={wanted!r}")
     if not (config.output_attentions and config.return_dict_in_generate):
         return
     attention = _attention(engine)
@@ -74,11 +77,15 @@ def _columns(prepared: Prepared, call: Call, num_steps: int) -> Columns:
     return Columns(first, width, num_steps)
 
 
+def selects_layers() -> bool:
+    """Whether this transformers takes numbers of layers; older ones read some of them as something else."""
+    return hasattr(output_capturing, "selected_hidden_states")
+
+
 def _selected(selection: Any, layers: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """Newer transformers takes numbers of layers too: None stands for the others."""
     upstream: Any = output_capturing
-    select = getattr(upstream, "selected_hidden_states", None)
-    numbers = None if select is None else select(selection)
+    numbers = upstream.selected_hidden_states(selection) if selects_layers() else None
     if numbers is None:
         return layers
     resolved = upstream.resolve_hidden_states_indices(None, numbers, len(layers))

@@ -45,7 +45,6 @@ def both(pair: tuple[Any, Any], **kwargs: Any) -> tuple[Any, Any]:
     return actual, expected
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize(
     "options",
     [

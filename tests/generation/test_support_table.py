@@ -97,7 +97,7 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
         "synced_gpus": [{"synced_gpus": False}, {"synced_gpus": True}],
         "assistant_model": [
             {"assistant_model": model},
-            {"assistant_model": model, "speculation_type": "dflash"},
+            {"assistant_model": model, "assistant_early_exit": 1},
         ],
         "streamer": [{"streamer": TextStreamer(tokenizer)}],
         "negative_prompt_ids": [{"negative_prompt_ids": IDS}],

@@ -6,9 +6,15 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import SequenceBiasLogitsProcessor, WatermarkingConfig  # noqa: F401 - proves the names exist
 
 from tests.helpers import EOS, MAX_POSITIONS, PAD, VOCAB_SIZE
+
+_WATERMARK: dict[str, Any] = {"greenlist_ratio": 0.5, "bias": 2.0, "hashing_key": 7}
+#: The oldest transformers fail on a dict here.
+_TAKES_DICTS = Version(transformers.__version__) >= Version("5.17")
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2": {
@@ -83,7 +89,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "begin_suppress": {"begin_suppress_tokens": [7, 8, 9]},
     "exponential_decay": {"exponential_decay_length_penalty": (4, 1.3)},
     "remove_invalid": {"remove_invalid_values": True},
-    "watermark": {"watermarking_config": {"greenlist_ratio": 0.5, "bias": 2.0, "hashing_key": 7}},
+    "watermark": {"watermarking_config": _WATERMARK if _TAKES_DICTS else WatermarkingConfig(**_WATERMARK)},
     "renormalize": {"renormalize_logits": True},
     "eos_list": {"eos_token_id": [EOS, 40, 41, 42]},
 }
