@@ -24,7 +24,7 @@ COMPAT_TESTS := tests/parity tests/patches tests/generation tests/test_reversibl
 
 help:
 	@echo "make demo         one model, with and without hf_paged: a table, and compare.json"
-	@echo "make test         units and a rotating part of the parity grid (9 minutes on 2 cores)"
+	@echo "make test         units and a rotating part of the parity grid (6 minutes on 2 cores)"
 	@echo "make test-full    everything, slow tests and other people's libraries too (17 minutes on 2 cores)"
 	@echo "make test-clients the tests with TRL, lm-evaluation-harness, LangChain, outlines and others (3 minutes)"
 	@echo "make test-compat  parity, patches and generate() on the oldest and a middle transformers ($(COMPAT); 4 minutes)"
