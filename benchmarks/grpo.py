@@ -19,6 +19,7 @@ same too. Every run is a row of --json, written at once.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import tempfile
@@ -27,7 +28,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from rows import Rows, add_arguments
 
 import hf_paged
@@ -55,6 +55,17 @@ TOLERANCE = 1e-4
 POOL = {"num_blocks": 128, "max_batch_tokens": 512}
 
 
+@functools.cache
+def saved_shape(name: str) -> tempfile.TemporaryDirectory[str]:
+    """A random shape without dropout, as a checkpoint: TRL loads the reference model by its path."""
+    model = build_random(name, parse_dtype("float32"))
+    for dropout in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        setattr(model.config, dropout, 0.0)
+    folder = tempfile.TemporaryDirectory()
+    model.save_pretrained(folder.name)
+    return folder
+
+
 def load(name: str, ends: int) -> tuple[Any, Any]:
     """A demo model or a random shape, and a tokenizer; completions end at any of `ends` ids over the vocabulary."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,15 +73,9 @@ def load(name: str, ends: int) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(
         DEMO / ("llama" if name in RANDOM_SHAPES else name), padding_side="left"
     )
-    if name in RANDOM_SHAPES:
-        model = build_random(name, parse_dtype("float32"))
-        for dropout in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-            setattr(model.config, dropout, 0.0)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-    else:
-        model = AutoModelForCausalLM.from_pretrained(DEMO / name)
+    model = AutoModelForCausalLM.from_pretrained(
+        saved_shape(name).name if name in RANDOM_SHAPES else DEMO / name
+    )
     step = max(model.config.vocab_size // ends, 1)
     model.generation_config.eos_token_id = [
         tokenizer.eos_token_id,

@@ -83,7 +83,8 @@ def _compile_tiles() -> None:
 def least_input(weight: Tensor) -> int | None:
     """How many numbers an input must have to be worth a product with `weight` [N, K] by `linear`; None: it never is."""
     if tiles_are_faster():
-        return _rows_of_tiles(weight).start * weight.shape[1] or None
+        is_large = weight.numel() >= _MIN_WEIGHT_OF_THREAD * torch.get_num_threads()
+        return _ROWS_OF_TILES.start * weight.shape[1] if is_large and weight.stride(1) == 1 else None
     if weight.numel() < _TINY_WEIGHT:
         return None
     return 0 if weight.numel() >= _MIN_WEIGHT else -(-_MIN_WORK // max(1, weight.shape[0]))
@@ -121,17 +122,11 @@ def linear(
         return None
     if onednn_is_faster():
         return _product(x, weight, bias)
-    if x.numel() // weight.shape[1] not in _rows_of_tiles(weight):
+    if x.numel() >= _ROWS_OF_TILES.stop * weight.shape[1]:  # fewer rows than the least were sent back above
         return None
     if not _tiles_are_ready.is_set() or cpu_runtime.is_loading(torch.float32):
         return None
     return cpu_row_linear.row_linear(x, weight, bias)
-
-
-def _rows_of_tiles(weight: Tensor) -> range:
-    """For how many rows our tiles are faster; empty if for none."""
-    is_large = weight.numel() >= _MIN_WEIGHT_OF_THREAD * torch.get_num_threads()
-    return _ROWS_OF_TILES if is_large and weight.stride(1) == 1 else range(0)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

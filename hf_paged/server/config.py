@@ -32,9 +32,8 @@ class ServerConfig:
     max_token_list: int = 1024  # entries of logit_bias, stop_token_ids, allowed_token_ids
     max_body_bytes: int = 8 * 2**20  # 413
 
-    max_events_per_second: int = (
-        1000  # of all streams together; beyond, tokens that came meanwhile share an event
-    )
+    #: Of all streams together; beyond, tokens that came meanwhile share an event.
+    max_events_per_second: int = 1000
 
     # --- seconds
     request_timeout: float = 600.0  # from the whole body to the last byte: 504, or an error event in a stream
