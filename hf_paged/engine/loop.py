@@ -117,7 +117,10 @@ class StepLoop(CallTable):
 
     def _fail_stale(self, runtime: Runtime, plan: StepPlan) -> bool:
         """Fails the calls whose weights changed since they began: their KV belongs to no state of the model."""
-        stale = dict.fromkeys(s.call for s in self.guard.changed(self.model, plan.sequences))
+        live = runtime.scheduler.running
+        if self.gate is None:  # those that wait have their adapters in the model, too
+            live = [*live, *runtime.scheduler.waiting]
+        stale = dict.fromkeys(s.call for s in self.guard.changed(self.model, plan.sequences, live))
         if stale:
             runtime.look_again()
             # One error each: a traceback grows where it is raised.

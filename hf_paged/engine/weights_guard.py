@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from hf_paged.engine.adapters import Selection, base_modules
+from hf_paged.engine.adapters import (
+    Selection,
+    adapter_facts,
+    base_modules,
+    containers,
+    entries,
+    is_adapter_layer,
+)
 from hf_paged.engine.weights import Samples, adapters_version, optimizer_steps, weights_version
 from hf_paged.engine.weights_snapshot import WeightsSnapshot
 
@@ -16,17 +24,31 @@ if TYPE_CHECKING:
     from hf_paged.engine.request import Sequence
 
 
-def versions(model: nn.Module, selection: Selection | None, samples: Samples | None = None) -> bytes:
-    """What a namespace begins with: it differs when weights that `selection` runs with do."""
-    names = None if selection is None else selection.names
-    modules = tuple(base_modules(model))
-    return b"\0".join((weights_version(modules, samples), adapters_version(modules, names), b""))
+#: `tensor._version` without a frame of Python for each: this is asked of hundreds of tensors a step.
+_version_of: Callable[[Tensor], int] = vars(torch._C.TensorBase)["_version"].__get__
+
+
+class _Watch:
+    """Some tensors, and what tells whether they left a trace of a change since it was looked for last."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = [t for t in tensors if not t.is_inference()]
+        self._trace = self._look()
+
+    def has_changed(self) -> bool:
+        before, self._trace = self._trace, self._look()
+        return before != self._trace
+
+    def _look(self) -> tuple[int, int]:
+        return optimizer_steps(), sum(map(_version_of, self._tensors))
 
 
 class WeightsGuard:
     """Looks after the weights of running sequences, step by step.
 
-    What leaves a trace (in-place edits, optimizer steps) is looked for at every step: a few microseconds. What
+    What leaves a trace (in-place edits, optimizer steps) is looked for at every step, in the base model and in the
+    adapters that the step ran with: a tenth of a microsecond a tensor, some more where caches are cold. An adapter that
+    is not in a step is looked at again when it next is, against what was seen of it last. What
     leaves none (edits of `.data`, of an adapter's scaling) is looked for so seldom that it takes at most a fiftieth
     of the time: in a snapshot where one will do, which is quick; else, and where the snapshot or a trace says that
     something changed, by comparing versions.
@@ -38,30 +60,43 @@ class WeightsGuard:
     def __init__(self) -> None:
         self._samples = Samples()
         self._running = False  # a step was made since nothing ran
-        self._watched: list[Tensor] | None = None
-        self._trace = (0, 0)
+        self._watched: _Watch | None = None  # the base model
+        self._layers: list[nn.Module] = []  # that hold adapters
+        self._adapters: dict[Selection | None, _Watch] = {}
         self._next_check = 0.0
         self._snapshot: WeightsSnapshot | None = None
         self._known: set[bytes] = set()  # namespaces that belong to the weights of the snapshot
 
-    def changed(self, model: nn.Module, sequences: Collection[Sequence]) -> list[Sequence]:
-        """Those of `sequences` whose weights are not those they started with. Asked after each forward."""
-        if not self._is_due(model):
+    def changed(
+        self, model: nn.Module, planned: Iterable[Sequence], live: Collection[Sequence]
+    ) -> list[Sequence]:
+        """Those of `live` whose weights are not those they started with. Asked after each forward.
+
+        Args:
+            model: which runs them.
+            planned: the sequences that were in the forward.
+            live: these, and all others whose adapters are in the model: they may have stood by while it changed.
+        """
+        if not self._is_due(model, planned):
             return []
         started = time.perf_counter()
-        stale = [] if self._is_as_known(sequences) else self._compare(model, sequences)
+        stale = [] if self._is_as_known(live) else self._compare(model, live)
+        if stale:
+            self._stop_watching()
         now = time.perf_counter()
         self._next_check = now + self._SHARE * (now - started)
         return stale
 
     def forget(self) -> None:
         """Nothing runs any more: holds no tensor."""
-        self._watched, self._running = None, False
+        self._running = False
+        self._stop_watching()
         self._drop_snapshot()
 
     def watch_again(self) -> None:
         """The model has other tensors now: those that left are let go, and the next look is a full one."""
-        self._watched, self._next_check = None, 0.0
+        self._next_check = 0.0
+        self._stop_watching()
         self._drop_snapshot()
 
     def _is_as_known(self, sequences: Collection[Sequence]) -> bool:
@@ -72,13 +107,18 @@ class WeightsGuard:
     def _compare(self, model: nn.Module, sequences: Collection[Sequence]) -> list[Sequence]:
         self._drop_snapshot()
         snapshot = WeightsSnapshot.of(model)  # before the versions: nothing can change unseen between the two
+        modules = base_modules(model)
+        base = weights_version(modules, self._samples)
+        layers = [module for module in modules if is_adapter_layer(module)]
+        # What a namespace begins with: see `NamespaceMaker.make`.
         current: dict[Selection | None, bytes] = {}
         stale, known = [], set()
         for seq in sequences:
             if not seq.namespace:
                 continue
             if seq.adapters not in current:
-                current[seq.adapters] = versions(model, seq.adapters, self._samples)
+                names = None if seq.adapters is None else seq.adapters.names
+                current[seq.adapters] = b"\0".join((base, adapters_version(layers, names), b""))
             if seq.namespace.startswith(current[seq.adapters]):
                 known.add(seq.namespace)
             else:
@@ -89,24 +129,52 @@ class WeightsGuard:
     def _drop_snapshot(self) -> None:
         self._snapshot, self._known = None, set()
 
-    def _is_due(self, model: nn.Module) -> bool:
+    def _stop_watching(self) -> None:
+        self._watched = None
+        self._layers = []
+        self._adapters.clear()
+
+    def _is_due(self, model: nn.Module, planned: Iterable[Sequence]) -> bool:
         if not self._running:
             # Most calls of one step end here. Between the start of a call and now anything may have happened.
             self._running = True
             self._next_check = time.perf_counter() + self._FIRST_AFTER_S
             return False
-        if self._watched is None:
-            self._watch(model)
-        if self._look() != self._trace:
-            self._watch(model)
+        if self._has_trace(model, {seq.adapters for seq in planned}):
             self._drop_snapshot()
             return True
         return time.perf_counter() >= self._next_check
 
-    def _watch(self, model: nn.Module) -> None:
-        self._watched = [p for p in model.parameters() if not p.is_inference()]
-        self._trace = self._look()
+    def _has_trace(self, model: nn.Module, selections: Iterable[Selection | None]) -> bool:
+        """Whether the base model or one of `selections` changed, or may have before it was first looked at."""
+        is_first = self._watched is None
+        has_trace = self._watched is not None and self._watched.has_changed()
+        if is_first or has_trace:
+            # Other tensors may be in the model now. Who is not in this step is compared when next in one.
+            self._watch_base(model)
+        for selection in selections:
+            watch = self._adapters.get(selection)
+            if watch is None or watch.has_changed():
+                self._adapters[selection] = _Watch(_adapter_tensors(self._layers, selection))
+                has_trace |= not is_first
+        return has_trace
 
-    def _look(self) -> tuple[int, int]:
-        assert self._watched is not None
-        return optimizer_steps(), sum([p._version for p in self._watched])
+    def _watch_base(self, model: nn.Module) -> None:
+        self._stop_watching()
+        modules = base_modules(model)
+        self._layers = [module for module in modules if is_adapter_layer(module)]
+        self._watched = _Watch(p for module in modules for p in module._parameters.values() if p is not None)
+
+
+def _adapter_tensors(layers: Iterable[nn.Module], selection: Selection | None) -> Iterator[Tensor]:
+    """All tensors of the adapters of `selection`; with None of all adapters there are."""
+    for layer in layers:
+        names: Iterable[str]
+        if selection is None:
+            names = dict.fromkeys(
+                name for container in containers(layer) for name in tuple(entries(container))
+            )
+        else:
+            names = selection.names
+        for name in names:
+            yield from adapter_facts(layer, name)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -128,6 +129,54 @@ def test_saved_and_copied_models_are_plain(tmp_path: Any) -> None:
     copied = torch.load(tmp_path / "model.pt", weights_only=False)
     assert not hf_paged.is_enabled(copied)
     assert alone(copied, PROMPTS[0], "b") == expected
+
+
+def _edit(model: Any, name: str) -> None:
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.mul_(-2.0)
+
+
+def test_an_edit_of_an_adapter_that_nobody_runs_with_harms_nobody() -> None:
+    plain = two()
+    long = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
+    expected = alone(plain, PROMPTS[0], "a", **long)
+    before = alone(plain, PROMPTS[3], "b")
+    _edit(plain, "b")
+    edited = alone(plain, PROMPTS[3], "b")
+    assert edited != before, "the edit changes nothing: this would prove nothing"
+    model = hf_paged.enable(two(), block_size=4)
+    client = hf_paged.engine(model)
+    for _ in range(2):
+        assert client.submit(PROMPTS[3], adapter="b", **GREEDY).result(60).token_ids == before
+    hits = hf_paged.stats(model).prefix_hit_tokens
+    assert hits, "nothing was cached: this would prove nothing"
+    running = client.submit(PROMPTS[0], adapter="a", **long)
+    next(iter(running))
+    _edit(model, "b")
+    assert client.submit(PROMPTS[3], adapter="b", **GREEDY).result(60).token_ids == edited
+    assert hf_paged.stats(model).prefix_hit_tokens == hits
+    assert running.result(60).token_ids == expected
+
+
+def test_an_edit_of_an_adapter_fails_its_own_requests_only() -> None:
+    plain = two()
+    long = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None}
+    expected = {name: alone(plain, PROMPTS[0], name, **long) for name in ("a", "__base__")}
+    model = hf_paged.enable(two(), block_size=4)
+    client = hf_paged.engine(model)
+    names = ("a", "b", "__base__")
+    handles = {name: client.submit(PROMPTS[0], adapter=name, **long) for name in names}
+    # Each step takes its time from now on, so that all still run when the adapter changes.
+    embedding = model.get_input_embeddings()
+    original = type(embedding).forward
+    embedding.forward = lambda ids: time.sleep(0.003) or original(embedding, ids)
+    next(iter(handles["b"]))
+    _edit(model, "b")
+    with pytest.raises(hf_paged.WeightsChangedError, match="paused"):
+        handles["b"].result(60)
+    assert {name: handles[name].result(60).token_ids for name in expected} == expected
 
 
 @pytest.mark.parametrize("pool", [None, 80_000])
