@@ -78,7 +78,9 @@ def enable(model_or_pipeline: T, config: PagedConfig | None = None, **overrides:
                 rope_limit=spec.rope_limit(model),
             )
             engine.front = front
-            engine.adapters = PeftAdapters(model, patch, most_resident=config.max_resident_adapters)
+            engine.adapters = PeftAdapters(
+                model, patch, config.max_resident_adapters, config.adapter_host_bytes()
+            )
             if config.max_resident_adapters is not None:
                 engine.bound_adapters(engine.adapters)
             engine.adapters.sync()

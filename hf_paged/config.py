@@ -34,9 +34,12 @@ class PagedConfig:
     #: A request's tokens and log-probabilities are the same bits alone, in any batch, preempted, chunked or with a
     #: prefix hit. CPU only so far. A call that would fall back raises instead, whatever `fallback` says.
     deterministic: bool = False
-    #: Adapters loaded from folders (`load_adapter`) that are in the model at a time; others are read again when
+    #: Adapters loaded from folders (`load_adapter`) that are in the model at a time; others come back when
     #: a request wants them. None: all of them.
     max_resident_adapters: int | None = None
+    #: Most bytes ("2GiB") of host memory for those that are out of the model; beyond that they are read again. None:
+    #: an eighth of what is free, but nothing for a model that is in host memory itself.
+    adapter_host_memory: int | str | None = None
     cache_salt: str = ""  # prefixes are only shared between requests of one salt
 
     def __post_init__(self) -> None:
@@ -48,6 +51,8 @@ class PagedConfig:
             _check_int("max_resident_adapters", self.max_resident_adapters, 1, 2**20)
         if self.kv_cache_memory is not None:
             parse_bytes("kv_cache_memory", self.kv_cache_memory)
+        if self.adapter_host_memory is not None:
+            parse_bytes("adapter_host_memory", self.adapter_host_memory)
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "int8"))
         _check_choice("backend", self.backend, ("auto", "triton", "cpu", "reference"))
         _check_choice("cuda_graphs", self.cuda_graphs, ("auto", True, False))
@@ -93,6 +98,11 @@ class PagedConfig:
     def budget_bytes(self) -> int | None:
         """`kv_cache_memory` in bytes, or None for the default budget of the device."""
         return None if self.kv_cache_memory is None else parse_bytes("kv_cache_memory", self.kv_cache_memory)
+
+    def adapter_host_bytes(self) -> int | None:
+        """`adapter_host_memory` in bytes, or None for the default of the device."""
+        most = self.adapter_host_memory
+        return None if most is None else parse_bytes("adapter_host_memory", most)
 
 
 def parse_bytes(name: str, value: int | str) -> int:

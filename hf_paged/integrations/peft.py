@@ -42,9 +42,16 @@ class PeftAdapters:
         model: the HF model.
         applied: its patch; the layers bound here come off with it.
         most_resident: adapters loaded from folders that are in the model at a time; None for all.
+        host_bytes: most bytes of host memory for others of them; None: by the model's device.
     """
 
-    def __init__(self, model: nn.Module, applied: AppliedPatch, most_resident: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        applied: AppliedPatch,
+        most_resident: int | None = None,
+        host_bytes: int | None = None,
+    ) -> None:
         self._model = weakref.ref(model)
         self._applied = weakref.ref(applied)
         self._layers: dict[int, weakref.ref[nn.Module]] = {}  # by id
@@ -54,7 +61,9 @@ class PeftAdapters:
         self._lock = threading.Lock()
         self.most_resident = most_resident
         self.residency = (
-            None if most_resident is None else Residency(most_resident, self._tuners, self._part_in_model)
+            None
+            if most_resident is None
+            else Residency(most_resident, self._tuners, self._part_in_model, host_bytes)
         )
 
     # --- layers -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """A bounded number of adapters in the model, of any number that are registered from folders.
 
 An adapter that came by `load_adapter` can be read again. So of these only `max_resident_adapters` are in the model at a
-time: the least recently used one that no running request needs is taken out for one that is needed. Only the holder of
-the crank moves them, between two steps; loading, replacing and unloading happen while nothing runs.
+time: the least recently used one that no running request needs is taken out for one that is needed, to host memory
+while that has room (`peft_parking`), else to where it came from. Only the holder of the crank moves them, between two
+steps; loading, replacing and unloading happen while nothing runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 from hf_paged.engine.adapters import AdapterPart
 from hf_paged.engine.weights import adapters_version
 from hf_paged.errors import InvalidRequestError
+from hf_paged.integrations.peft_parking import HostMover, Mover, Parked, host_budget
+from hf_paged.resolve import resolve_model
 
 __all__ = ["Registration", "Residency"]
 
@@ -34,7 +37,10 @@ class Registration:
         self.holder = weakref.ref(holder)
         self.is_current = True  # it was not unloaded or replaced
         self.part: AdapterPart | None = None  # in the model; None while it is out
-        self.version = b""  # of its weights when they were read
+        self.parked: Parked | None = None  # in host memory, while it is out of the model
+        self.version = (
+            b""  # of its weights when they came into the model; empty: they are not those of the folder
+        )
         self.num_loads = 0
         self.stamp = _stamp(path)
 
@@ -50,12 +56,20 @@ class Residency:
         most: how many may be, besides active ones.
         layers: gives the adapter layers of the model.
         part_of: gives a part of an adapter that is in the model.
+        host_bytes: of host memory for adapters that are out of it; None: `host_budget` decides.
+        mover: moves them there and back.
     """
 
     def __init__(
-        self, most: int, layers: Callable[[], list[Any]], part_of: Callable[[str], AdapterPart]
+        self,
+        most: int,
+        layers: Callable[[], list[Any]],
+        part_of: Callable[[str], AdapterPart],
+        host_bytes: int | None = None,
+        mover: Mover | None = None,
     ) -> None:
         self.most = most
+        self._host_bytes, self._mover = host_bytes, mover or HostMover()
         self._layers, self._part_of = layers, part_of
         self._known: dict[str, Registration] = {}  # least recently used first
 
@@ -134,16 +148,23 @@ class Residency:
             del self._known[one.name]
             return
         one.part = None
-        holder.delete_adapter(one.name)
+        self._host_bytes = host_budget(resolve_model(holder).device, self._host_bytes)
+        if self._host_bytes:
+            one.parked = Parked.take_out(holder, one.name, self._layers(), self._mover)
+        if one.parked is None:
+            holder.delete_adapter(one.name)
+        self._keep_within_budget()
+
+    def _keep_within_budget(self) -> None:
+        """Lets go of what was used least recently; it is read from its folder next time."""
+        parked = [r for r in self._known.values() if r.parked is not None]
+        too_much = sum(r.parked.num_bytes for r in parked if r.parked) - (self._host_bytes or 0)
+        for one in parked:
+            if too_much > 0 and one.parked is not None and not one.parked.has_changed():
+                too_much -= one.parked.num_bytes
+                one.parked = None
 
     def _read(self, one: Registration) -> None:
-        from hf_paged.integrations.peft_checkpoints import (
-            active_adapters,
-            check_values,
-            load_into,
-            set_active,
-        )
-
         holder = one.holder()
         if holder is None:
             raise InvalidRequestError(
@@ -153,12 +174,36 @@ class Residency:
             raise InvalidRequestError(
                 f"adapter {one.name!r}: {one.path} has changed since it was loaded; load it again with replace=True"
             )
-        check_values(one.path)
-        active = active_adapters(holder)
-        load_into(holder, one.path, one.name)
-        if active_adapters(holder) != active:
-            set_active(holder, active)
+        if one.parked is not None and self._unpark(one, one.parked, holder):
+            return
+        _read_folder(one, holder)
         self._came_in(one)
+
+    def _unpark(self, one: Registration, parked: Parked, holder: Any) -> bool:
+        has_changed = parked.has_changed()
+        if not parked.put_back(holder, self._layers()):
+            if has_changed:
+                raise InvalidRequestError(
+                    f"adapter {one.name!r}: its weights were changed while it was out of the model, which has other "
+                    "layers now; load it again with replace=True"
+                )
+            one.parked = None
+            return False
+        one.parked = None
+        self._came_in(one)
+        if has_changed:
+            one.version = b""
+        return True
+
+
+def _read_folder(one: Registration, holder: Any) -> None:
+    from hf_paged.integrations.peft_checkpoints import active_adapters, check_values, load_into, set_active
+
+    check_values(one.path)
+    active = active_adapters(holder)
+    load_into(holder, one.path, one.name)
+    if active_adapters(holder) != active:
+        set_active(holder, active)
 
 
 def _stamp(path: Path) -> tuple[Any, ...]:
