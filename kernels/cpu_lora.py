@@ -1,4 +1,4 @@
-"""`lora_add_` on the CPU: two numba launches for all groups; torch's products, two a group, where those cannot run.
+"""`lora_add_` on the CPU: numba launches for all groups; torch's products, two a group, where those cannot run.
 
 With 16 adapters in a step of 64 rows a group has four rows, and each of its two products is smaller than the call that
 asks for it: a thousand and more such calls a step are what the launches save (docs/decisions.md).
@@ -23,6 +23,9 @@ from hf_paged.kernels.cpu_runtime import (
     wait_for_loading,
 )
 from hf_paged.kernels.lora_matmul import LoraFacts, LoraGroup, add_products
+
+#: With fewer rows for each thread, all of them read a large part of the matrices: they share those out instead.
+_ROWS_OF_PART = 4
 
 
 def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> None:
@@ -64,13 +67,15 @@ class Table(NamedTuple):
     num_products: int  # numbers between the two launches
     ranks: int  # the most of a group
     work: int  # for each number of an input and an output row
+    #: Of all groups, if each begins where or after the one before ends; else 0.
+    num_rows: int
 
 
 def table_of(groups: Sequence[LoraGroup]) -> Table | None:
     """None for groups that the kernels cannot take."""
     fields, scaling = array("q"), array("f")
     dtype = groups[0].a.dtype
-    count = ranks = work = 0
+    count = ranks = work = rows = last = 0
     for first, end, a, b, bias, factor, facts in groups:
         rank, _, own_dtype, addresses, is_plain = facts or LoraFacts.of(a, b, bias)
         if own_dtype is not dtype or not is_plain:
@@ -80,12 +85,14 @@ def table_of(groups: Sequence[LoraGroup]) -> Table | None:
         count += (end - first) * rank
         ranks = max(ranks, rank)
         work += rank * (end - first + 4)
-    return Table(fields, scaling, dtype, count, ranks, work)
+        rows += end - first
+        last = end if first >= last else 1 << 62
+    return Table(fields, scaling, dtype, count, ranks, work, rows if last < 1 << 62 else 0)
 
 
 def add_by_table(output: Tensor, x: Tensor, table: Table) -> bool:
     """Whether the kernels took these rows; False leaves `output` as it was."""
-    fields, scaling, dtype, count, ranks, work = table
+    fields, scaling, dtype, count, ranks, work, num_rows = table
     kernels = _kernels(x.dtype, dtype)
     if kernels is None or output.dtype is not x.dtype or output.device.type != "cpu":
         return False
@@ -94,18 +101,26 @@ def add_by_table(output: Tensor, x: Tensor, table: Table) -> bool:
     if x_step != 1 or step != 1 or torch.is_autocast_enabled("cpu"):
         return False
     bins = num_bins(work * (x.shape[1] + output.shape[1]) * 4)
+    tables = (fields.buffer_info()[0], scaling.buffer_info()[0], len(scaling))
+    source, target = (x.data_ptr(), x_stride, x.shape[1]), (output.data_ptr(), stride, output.shape[1])
+    if num_rows and (bins == 1 or num_rows >= _ROWS_OF_PART * bins):
+        scratch = torch.empty(bins * (ranks * kernels.CHUNK + (ranks + 1) * kernels.TILE))
+        launch(
+            kernels.update(x.dtype, dtype), bins, (*tables, scratch.data_ptr(), ranks, *source, *target)
+        )
+        return True
     scratch = torch.empty(count + bins * (ranks + 1) * kernels.TILE)
     products = scratch.data_ptr()
-    tables = (fields.buffer_info()[0], scaling.buffer_info()[0], len(scaling))
-    rows = (x.data_ptr(), x_stride, x.shape[1])
-    launch(kernels.shrink(x.dtype, dtype), bins, (*tables, *rows, products))
-    rows = (output.data_ptr(), stride, output.shape[1])
-    launch(kernels.expand(x.dtype, dtype), bins, (*tables, products, products + 4 * count, ranks, *rows))
+    launch(kernels.shrink(x.dtype, dtype), bins, (*tables, *source, products))
+    launch(kernels.expand(x.dtype, dtype), bins, (*tables, products, products + 4 * count, ranks, *target))
     return True
 
 
 def _kernels(dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
     """The module of kernels for these dtypes; None where there are none, or until they are loaded."""
+    known = _loaded.get((dtype, adapter_dtype))
+    if known is not None:
+        return known
     key = ("lora", dtype, adapter_dtype)
     # While attention's own kernels wait for a call that is worth loading them, these wait too.
     if is_loading(dtype) or is_loading(key):
@@ -119,10 +134,15 @@ def _kernels(dtype: torch.dtype, adapter_dtype: torch.dtype) -> Any:
 
 #: What has been asked to load in this process, or in the one it was forked from.
 _known: set[Any] = set()
+#: Those whose kernels are there: this is asked once a layer.
+_loaded: dict[tuple[torch.dtype, torch.dtype], Any] = {}
 
 
 def _warm_up(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     # One tiny launch: what numba compiles depends on types only.
     with torch.inference_mode(False), torch.no_grad():
         rows, matrix = torch.zeros(1, 8, dtype=dtype), torch.zeros(2, 8, dtype=adapter_dtype)
-        lora_add_(rows, rows.clone(), [LoraGroup(0, 1, matrix, matrix.t().contiguous(), None, 1.0)])
+        group = LoraGroup(0, 1, matrix, matrix.t().contiguous(), None, 1.0)
+        lora_add_(rows, rows.clone(), [group])
+        lora_add_(rows, rows.clone(), [group, group])  # groups that share rows are for the other kernels
+    _loaded[dtype, adapter_dtype] = loaded_kernels("cpu_lora_kernel", dtype, adapter_dtype)

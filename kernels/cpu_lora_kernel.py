@@ -1,8 +1,9 @@
-"""The numba kernels of `hf_paged.kernels.cpu_lora`: the low-rank products of all groups in two launches.
+"""The numba kernels of `hf_paged.kernels.cpu_lora`: the low-rank products of all groups.
 
 `shrink` writes each row's product with its adapter's A, [rank] float32, scaled; `expand` adds that times B to the
-output. Rows of a group share each matrix while it is in the cache, so every adapter is read from memory once. A group
-is a row of a table of int64:
+output; they share out ranks and columns among threads. `update` is both in one launch, whose threads share out rows.
+Rows of a group share each matrix while it is in the cache, so every adapter is read from memory once. A group is a row
+of a table of int64:
 
     first row | end row | rank | address of A | of B | of the bias or 0 | where its products begin in the scratch
 
@@ -17,7 +18,7 @@ from hf_paged.kernels.cpu_jit import FASTMATH, entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_lora_tile import SIDE, add_tile
 from hf_paged.kernels.cpu_memory import argument, item_bytes, load, load_f32, load_i64, store, store_f32
 
-__all__ = ["FIELDS", "TILE", "expand", "shrink"]
+__all__ = ["CHUNK", "FIELDS", "TILE", "expand", "shrink", "update"]
 
 #: Numbers in a row of the table.
 FIELDS = 7
@@ -26,6 +27,8 @@ _FIRST, _END, _RANK, _A, _B, _BIAS, _PRODUCTS = range(FIELDS)
 TILE = 64
 #: Rows, and numbers of each, gone through for all ranks before the next: four rows of A stay in the first cache.
 _ROWS, _DEPTH = 16, 1024
+#: Rows whose products `update` holds at a time.
+CHUNK = 64
 _ZERO = np.float32(0)
 
 
@@ -59,8 +62,9 @@ def shrink(x_tag, tag):
             end = min(blocks, max(np.int64(0), -((before - high) // weight)))
             before += blocks * weight
             if begin < end:
-                scale = load_f32(scaling, group)
-                _shrink(table, group, scale, x, x_stride, width, products, begin, end, x_tag, tag)
+                scale, target = load_f32(scaling, group), products + 4 * _of(table, group, _PRODUCTS)
+                first, last = _of(table, group, _FIRST), _of(table, group, _END)
+                _shrink(table, group, scale, x, x_stride, width, target, first, last, begin, end, x_tag, tag)
 
     return kernel
 
@@ -77,10 +81,9 @@ def _weight(table, group):
 
 
 @helper(fastmath=FASTMATH)
-def _shrink(table, group, scale, x, x_stride, width, products, begin, end, x_tag, tag):
-    rank, first, last = _of(table, group, _RANK), _of(table, group, _FIRST), _of(table, group, _END)
-    matrix = _of(table, group, _A)
-    target = products + 4 * _of(table, group, _PRODUCTS)
+def _shrink(table, group, scale, x, x_stride, width, target, first, last, begin, end, x_tag, tag):
+    """Rows `first` to `last` by blocks of ranks `begin` to `end`; the products of row `first` lie at `target`."""
+    rank, matrix = _of(table, group, _RANK), _of(table, group, _A)
     for chunk in range(first, last, _ROWS):
         for k in range(0, width, _DEPTH):
             depth = min(_DEPTH, width - k)
@@ -149,40 +152,103 @@ def expand(x_tag, tag):
         begin, end = TILE * (tiles * index // bins), min(width, TILE * (tiles * (index + 1) // bins))
         turned = scratch + 4 * index * (ranks + 1) * TILE
         for group in range(groups):
-            first, rank, scale = begin, _of(table, group, _RANK), load_f32(scaling, group)
-            if tiled and rank > 0 and rank % SIDE == 0:
-                first = end - (end - begin) % SIDE
-                _expand_tiles(table, group, begin, first, products, output, stride)
-                if _of(table, group, _BIAS) != 0:
-                    _add_bias(table, group, scale, begin, first, output, stride)
-            for column in range(first, end, TILE):
-                count = min(TILE, end - column)
-                _expand(table, group, scale, column, count, products, turned, output, stride, x_tag, tag)
+            scale, source = load_f32(scaling, group), products + 4 * _of(table, group, _PRODUCTS)
+            first, last = _of(table, group, _FIRST), _of(table, group, _END)
+            _expand_rows(
+                table, group, scale, source, first, last, begin, end, turned, output, stride, x_tag, tag, tiled
+            )
+
+    return kernel
+
+
+@kernel_by_dtype
+def update(x_tag, tag):
+    """output[row] += scaling * (x[row] @ A.T @ B.T + bias) for a part of the rows. No row is in two groups.
+
+    Arguments: table, scaling, G as for `shrink`; scratch (float32, ranks * CHUNK + (ranks + 1) * TILE for each part),
+    the most ranks of a group; x, its row's stride in numbers, width; output, stride, width.
+    """
+    tiled = bool(isinstance(x_tag, np.float32) and isinstance(tag, np.float32))
+
+    @entry(fastmath=FASTMATH)
+    def kernel(index, bins, arguments):
+        table, scaling, groups = argument(arguments, 0), argument(arguments, 1), argument(arguments, 2)
+        scratch, ranks = argument(arguments, 3), argument(arguments, 4)
+        x, x_stride, x_width = argument(arguments, 5), argument(arguments, 6), argument(arguments, 7)
+        output, stride, width = argument(arguments, 8), argument(arguments, 9), argument(arguments, 10)
+        products = scratch + 4 * index * (ranks * CHUNK + (ranks + 1) * TILE)
+        turned = products + 4 * ranks * CHUNK
+        cost = np.int64(0)
+        for group in range(groups):
+            cost += _of(table, group, _RANK) * _weight(table, group)
+        low, high = cost * index // bins, cost * (index + 1) // bins
+        before = np.int64(0)
+        for group in range(groups):
+            own, rows = _of(table, group, _RANK) * _weight(table, group), _num_rows(table, group)
+            begin, end = _share(low - before, own, rows), _share(high - before, own, rows)
+            before += own
+            scale, blocks = load_f32(scaling, group), _blocks(table, group)
+            for chunk in range(_of(table, group, _FIRST) + begin, _of(table, group, _FIRST) + end, CHUNK):
+                last = min(chunk + CHUNK, _of(table, group, _FIRST) + end)
+                _shrink(table, group, scale, x, x_stride, x_width, products, chunk, last, 0, blocks, x_tag, tag)
+                _expand_rows(
+                    table, group, scale, products, chunk, last, 0, width, turned, output, stride, x_tag, tag, tiled
+                )
 
     return kernel
 
 
 @helper()
-def _expand_tiles(table, group, begin, end, products, output, stride):
-    rank, first = _of(table, group, _RANK), _of(table, group, _FIRST)
-    source = products + 4 * _of(table, group, _PRODUCTS)
+def _num_rows(table, group):
+    return _of(table, group, _END) - _of(table, group, _FIRST)
+
+
+@helper()
+def _share(cost, whole, rows):
+    """How many of a group's rows come before `cost`, of the `whole` that all of them cost."""
+    if cost <= 0 or whole <= 0:
+        return np.int64(0)
+    return rows if cost >= whole else -(-cost * rows // whole)
+
+
+@helper()
+def _expand_rows(
+    table, group, scale, source, first, last, begin, end, turned, output, stride, x_tag, tag, tiled
+):
+    """Rows `first` to `last`, columns `begin` to `end`; the products of row `first` lie at `source`."""
+    rank, rest = _of(table, group, _RANK), begin
+    if tiled and rank > 0 and rank % SIDE == 0:
+        rest = end - (end - begin) % SIDE
+        _expand_tiles(table, group, source, first, last, begin, rest, output, stride)
+        if _of(table, group, _BIAS) != 0:
+            _add_bias(table, group, scale, first, last, begin, rest, output, stride)
+    for column in range(rest, end, TILE):
+        count = min(TILE, end - column)
+        _expand(table, group, scale, source, first, last, column, count, turned, output, stride, x_tag, tag)
+
+
+@helper()
+def _expand_tiles(table, group, source, first, last, begin, end, output, stride):
+    rank = _of(table, group, _RANK)
     for column in range(begin, end, SIDE):
         target = output + 4 * (first * stride + column)
         for r in range(0, rank, SIDE):
             b = _of(table, group, _B) + 4 * (column * rank + r)
-            add_tile(b, rank, source + 4 * r, rank, target, stride, _of(table, group, _END) - first)
+            add_tile(b, rank, source + 4 * r, rank, target, stride, last - first)
 
 
 @helper(fastmath=FASTMATH)
-def _expand(table, group, scale, column, count, products, turned, output, stride, x_tag, tag):
+def _expand(table, group, scale, source, first, last, column, count, turned, output, stride, x_tag, tag):
     """`count` columns by loops, with their part of B turned to lie rank by rank."""
+    rank = _of(table, group, _RANK)
     _turn(table, group, column, count, turned, tag)
-    sums = turned + 4 * TILE * _of(table, group, _RANK)
-    for row in range(_of(table, group, _FIRST), _of(table, group, _END)):
+    sums = turned + 4 * TILE * rank
+    for row in range(first, last):
+        products = source + 4 * (row - first) * rank
         if count == TILE:
-            _sum_up(table, group, row, products, turned, sums, TILE)
+            _sum_up(rank, products, turned, sums, TILE)
         else:
-            _sum_up(table, group, row, products, turned, sums, count)
+            _sum_up(rank, products, turned, sums, count)
         if _of(table, group, _BIAS) != 0:
             for j in range(count):
                 bias = load(_of(table, group, _BIAS), column + j, tag)
@@ -193,8 +259,8 @@ def _expand(table, group, scale, column, count, products, turned, output, stride
 
 
 @helper()
-def _add_bias(table, group, scale, begin, end, output, stride):
-    for row in range(_of(table, group, _FIRST), _of(table, group, _END)):
+def _add_bias(table, group, scale, first, last, begin, end, output, stride):
+    for row in range(first, last):
         target = output + 4 * row * stride
         for j in range(begin, end):
             store_f32(target, j, load_f32(target, j) + scale * load_f32(_of(table, group, _BIAS), j))
@@ -211,10 +277,8 @@ def _turn(table, group, column, count, turned, tag):
 
 
 @helper(inline="always", fastmath=FASTMATH)
-def _sum_up(table, group, row, products, turned, sums, count):
-    """sums[j] = products[group][row] . B[column + j]."""
-    rank = _of(table, group, _RANK)
-    source = products + 4 * (_of(table, group, _PRODUCTS) + (row - _of(table, group, _FIRST)) * rank)
+def _sum_up(rank, source, turned, sums, count):
+    """sums[j] = a row's products, at `source`, . B[column + j]."""
     for j in range(count):
         store_f32(sums, j, _ZERO)
     r = np.int64(0)

@@ -98,25 +98,33 @@ def test_numbers_of_one_group_stay_in_it(backend: str) -> None:
     assert bad.tolist() == [1 <= row < 9 for row in range(ROWS)]
 
 
+@pytest.mark.parametrize("share_rows", [True, False])
 @pytest.mark.parametrize("rank", [1, 4, 7, 16, 48])
 @pytest.mark.parametrize("width, columns", [(1, 1), (70, 16), (768, 83), (2500, 130)])
-def test_kernels_of_every_shape(rank: int, width: int, columns: int) -> None:
-    """Parts of tiles, chunks of rows and of the sum; strided rows; any number of threads gives the same numbers."""
+def test_kernels_of_every_shape(
+    rank: int, width: int, columns: int, share_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of tiles, chunks of rows and of the sum; strided rows; any number of threads, and either way to share out
+    the work among them, gives the same numbers."""
     assert loaded(torch.float32, torch.float32)
     generator = torch.Generator().manual_seed(rank)
-    x = torch.randn(40, width + 5, generator=generator)[:, :width]
-    output = torch.randn(40, columns + 3, generator=generator)[:, :columns]
+    x = torch.randn(120, width + 5, generator=generator)[:, :width]
+    output = torch.randn(120, columns + 3, generator=generator)[:, :columns]
     a, b = torch.randn(rank, width, generator=generator), torch.randn(columns, rank, generator=generator)
     groups = [
         LoraGroup(0, 1, a, b, None, 0.5),
-        LoraGroup(2, 37, a + 1, b, b[:, 0].clone(), 1.5),
-        LoraGroup(30, 40, a, b - 1, None, 1.0),  # the second adapter of some rows
+        LoraGroup(2, 100, a + 1, b, b[:, 0].clone(), 1.5),
+        LoraGroup(100, 100, a, b, None, 1.5),
+        # The second adapter of some rows.
+        LoraGroup(30 if share_rows else 101, 120, a, b - 1, None, 1.0),
     ]
+    assert (cpu_lora.table_of(groups).num_rows == 0) is share_rows
     wanted = expected(output, x, groups)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads, least in ((1, 4), (2, 4), (3, 4), (3, 1 << 30)):
             torch.set_num_threads(threads)  # noqa: TID251
+            monkeypatch.setattr(cpu_lora, "_ROWS_OF_PART", least)
             actual = output.clone()
             assert cpu_lora._add_by_kernel(actual, x, groups)
             results.append(actual)
