@@ -68,6 +68,8 @@ class AdapterRuns:
     within: list[Selection | None] = field(default_factory=list)
     #: What layers need for `tokens`, by id of the layer: made for all of them when the first one asks.
     prepared: dict[int, Any] = field(default_factory=dict)
+    #: Scratch memory of their products, which follow one another.
+    room: list[Tensor] = field(default_factory=list)
 
     def of(self, count: int) -> list[tuple[Selection | None, int, int]]:
         """The runs of an input of `count` tokens."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_paged.kernels.cpu_runtime import (
     is_loading,
     launch,
+    launch_packed,
     load_in_background,
     loaded_kernels,
     num_bins,
@@ -26,6 +27,8 @@ from hf_paged.kernels.lora_matmul import LoraFacts, LoraGroup, add_products
 
 #: With fewer rows for each thread, all of them read a large part of the matrices: they share those out instead.
 _ROWS_OF_PART = 4
+#: Up to so many bytes that it goes through, a part takes less time than a second launch.
+_SMALL_BYTES = 4 << 20
 
 
 def lora_add_(output: Tensor, x: Tensor, groups: Sequence[LoraGroup]) -> None:
@@ -100,19 +103,87 @@ def add_by_table(output: Tensor, x: Tensor, table: Table) -> bool:
     stride, step = output.stride()
     if x_step != 1 or step != 1 or torch.is_autocast_enabled("cpu"):
         return False
-    bins = num_bins(work * (x.shape[1] + output.shape[1]) * 4)
+    size = work * (x.shape[1] + output.shape[1]) * 4
+    bins = num_bins(size)
     tables = (fields.buffer_info()[0], scaling.buffer_info()[0], len(scaling))
     source, target = (x.data_ptr(), x_stride, x.shape[1]), (output.data_ptr(), stride, output.shape[1])
-    if num_rows and (bins == 1 or num_rows >= _ROWS_OF_PART * bins):
-        scratch = torch.empty(bins * (ranks * kernels.CHUNK + (ranks + 1) * kernels.TILE))
+    if parts := _parts(num_rows, size, bins):
+        scratch = torch.empty(parts * (ranks * kernels.CHUNK + (ranks + 1) * kernels.TILE))
         launch(
-            kernels.update(x.dtype, dtype), bins, (*tables, scratch.data_ptr(), ranks, *source, *target)
+            kernels.update(x.dtype, dtype), parts, (*tables, scratch.data_ptr(), ranks, *source, *target)
         )
         return True
     scratch = torch.empty(count + bins * (ranks + 1) * kernels.TILE)
     products = scratch.data_ptr()
     launch(kernels.shrink(x.dtype, dtype), bins, (*tables, *source, products))
     launch(kernels.expand(x.dtype, dtype), bins, (*tables, products, products + 4 * count, ranks, *target))
+    return True
+
+
+def _parts(num_rows: int, size: int, bins: int) -> int:
+    """Into how many parts one launch shares out rows; 0 for two launches that share out ranks and columns."""
+    if not num_rows or num_rows >= _ROWS_OF_PART * bins:
+        return bins if num_rows else 0
+    parts = max(1, num_rows // _ROWS_OF_PART)
+    return parts if size <= _SMALL_BYTES * parts else 0
+
+
+class Ready(NamedTuple):
+    """A launch for rows that are yet to come: contiguous, and of the dtype of the matrices."""
+
+    arguments: array[int]  # of `update`; the addresses of the rows are put in
+    address: int  # of the arguments
+    kernel: Any
+    bins: int
+    dtype: torch.dtype
+    widths: tuple[int, int]
+    sizes: tuple[int, int]  # numbers of input and output up to the last row of a group
+    table: Table  # whose addresses are among the arguments
+
+
+def make_ready(table: Table, widths: tuple[int, int], end: int, room: list[Tensor]) -> Ready | None:
+    """None where the kernels cannot take such rows, or would take them in two launches.
+
+    Args:
+        table: of the groups.
+        widths: E_in, E_out.
+        end: of the last group.
+        room: scratch memory of launches that follow one another. More is added where it is too small.
+    """
+    kernels = _kernels(table.dtype, table.dtype)
+    size = table.work * sum(widths) * 4
+    bins = _parts(table.num_rows, size, num_bins(size))
+    if kernels is None or not bins:
+        return None
+    wanted = bins * (table.ranks * kernels.CHUNK + (table.ranks + 1) * kernels.TILE)
+    if not room or room[-1].numel() < wanted:
+        room.append(torch.empty(wanted, dtype=torch.float32))
+    tables = (table.fields.buffer_info()[0], table.scaling.buffer_info()[0], len(table.scaling))
+    e_in, e_out = widths
+    arguments = array("q", (*tables, room[-1].data_ptr(), table.ranks, 0, e_in, e_in, 0, e_out, e_out))
+    kernel = kernels.update(table.dtype, table.dtype)
+    address, sizes = arguments.buffer_info()[0], (end * e_in, end * e_out)
+    return Ready(arguments, address, kernel, bins, table.dtype, widths, sizes, table)
+
+
+def add_ready(output: Tensor, x: Tensor, ready: Ready) -> bool:
+    """Whether these rows, [..., E_out] and [..., E_in], were what was made ready for; False leaves them as they were.
+
+    Between two products of a model nearly all that this touches has left the caches, so it touches little.
+    """
+    arguments, address, kernel, bins, dtype, widths, sizes, _ = ready
+    if (
+        x.dtype is not dtype
+        or output.dtype is not dtype
+        or (x.shape[-1], output.shape[-1]) != widths
+        or x.numel() < sizes[0]
+        or output.numel() < sizes[1]
+        or not (x.is_cpu and output.is_cpu and x.is_contiguous() and output.is_contiguous())
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    arguments[5], arguments[8] = x.data_ptr(), output.data_ptr()
+    launch_packed(kernel, bins, address)
     return True
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "is_loading",
     "kernel_module",
     "launch",
+    "launch_packed",
     "load_in_background",
     "loaded_kernels",
     "num_bins",
@@ -50,6 +51,7 @@ class _Process:
     def __init__(self) -> None:
         self.launch_lock = threading.Lock()
         self.forked = False
+        self.threads_started = False  # those of numba
 
     def after_fork_in_child(self) -> None:
         # Another thread of the parent may have held the lock: in the child nobody would release it.
@@ -190,7 +192,11 @@ def launch(kernel: Kernel, bins: int, arguments: Iterable[int]) -> None:
         kernel: see `hf_paged.kernels.cpu_jit`. arguments: its arguments, ints of 64 bits.
     """
     packed = array("q", arguments)
-    address = packed.buffer_info()[0]
+    launch_packed(kernel, bins, packed.buffer_info()[0])
+
+
+def launch_packed(kernel: Kernel, bins: int, address: int) -> None:
+    """`launch` of arguments that lie at `address` already."""
     if bins == 1:
         kernel.run(0, 1, address)
     elif _process.forked:
@@ -201,9 +207,14 @@ def launch(kernel: Kernel, bins: int, arguments: Iterable[int]) -> None:
 
 
 def _launch_parallel(kernel: Kernel, bins: int, arguments: int) -> None:
+    module: Any = kernel_module("cpu_bins")
+    if _process.threads_started and bins == _numba_threads():
+        # All threads: who has set numba to fewer has the same parts in turn, so there is nothing to ask or put back.
+        with _process.launch_lock:
+            module.run_bins(bins, kernel.address, arguments)
+        return
     import numba
 
-    module: Any = kernel_module("cpu_bins")
     with _process.launch_lock:
         # In this order: asking numba may start its threading layer.
         torch_before, before = torch.get_num_threads(), numba.get_num_threads()
@@ -217,6 +228,7 @@ def _launch_parallel(kernel: Kernel, bins: int, arguments: int) -> None:
             # Numba's OpenMP layer sets the thread count of the runtime it shares with torch when it starts.
             if torch.get_num_threads() != torch_before:
                 torch.set_num_threads(torch_before)  # noqa: TID251 - puts the user's choice back
+        _process.threads_started = True
 
 
 @functools.cache

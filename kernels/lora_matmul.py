@@ -117,10 +117,18 @@ class PreparedGroups(NamedTuple):
     end: int  # of all groups
     widths: tuple[int, int] | None  # E_in, E_out of all groups; None: they are looked at with the rows
     table: Any  # the backend's own
+    ready: Any = None  # the same, where rows of the common kind need only be named
 
 
-def prepare(groups: Sequence[LoraGroup], *, backend: str) -> PreparedGroups:
+def prepare(
+    groups: Sequence[LoraGroup], *, backend: str, room: list[Tensor] | None = None
+) -> PreparedGroups:
     """For `lora_add_prepared_`, with groups whose `facts` are known.
+
+    Args:
+        groups: at least one.
+        backend: as for `lora_add_`.
+        room: scratch memory shared with other groups, of products that are never computed at the same time.
 
     Making ready a step's groups for all layers in a row is several times as fast as between the layers' products, after
     each of which the caches hold something else.
@@ -129,12 +137,32 @@ def prepare(groups: Sequence[LoraGroup], *, backend: str) -> PreparedGroups:
     widths = None if first is None else first.widths
     if any(g.facts is None or g.facts.widths != widths or not 0 <= g.first <= g.end for g in groups):
         return PreparedGroups(groups, 0, None, None)
-    table = _module(BACKENDS[backend]).table_of(groups) if backend == "cpu" else None
-    return PreparedGroups(groups, max(g.end for g in groups), widths, table)
+    end = max(g.end for g in groups)
+    if backend != "cpu":
+        return PreparedGroups(groups, end, widths, None)
+    module = _module(BACKENDS[backend])
+    table = module.table_of(groups)
+    if table is None or room is None:
+        return PreparedGroups(groups, end, widths, table)
+    return PreparedGroups(groups, end, widths, table, module.make_ready(table, widths, end, room))
 
 
 def lora_add_prepared_(output: Tensor, x: Tensor, prepared: PreparedGroups, *, backend: str) -> Tensor:
-    """`lora_add_` of what `prepare` gave for the same backend, while the matrices are where they were then."""
+    """`lora_add_` of what `prepare` gave for the same backend, while the matrices are where they were then.
+
+    Args:
+        output: [..., E_out], whose rows are those of [N, E_out].
+        x: [..., E_in].
+        prepared: the groups.
+        backend: as for `lora_add_`.
+    """
+    if prepared.ready is not None and _module(BACKENDS[backend]).add_ready(output, x, prepared.ready):
+        return output
+    _add_prepared(output.flatten(0, -2), x.flatten(0, -2), prepared, backend)
+    return output
+
+
+def _add_prepared(output: Tensor, x: Tensor, prepared: PreparedGroups, backend: str) -> Tensor:
     widths = prepared.widths
     if widths is None:
         return lora_add_(output, x, prepared.groups, backend=backend)

@@ -58,20 +58,26 @@ class LoraLayers:
             layer.known.clear()
 
     def groups(self, layer: nn.Module, step: StepInputs, parts: Runs) -> PreparedGroups | None:
-        """The groups of `layer` for rows that belong to `parts`; None: none of them has an adapter there."""
+        """The groups of `layer` for rows that belong to `parts`; None: none of them has an adapter there.
+
+        Those of all layers for all tokens are in `step.adapters.prepared` once one layer has asked, of those layers
+        whose adapters in the step are all plain.
+        """
         runs, key = step.adapters, id(layer)
         if runs is None or parts is not runs.tokens:
             return self._of(key, layer, parts, step.backend)
         if not runs.prepared:
             for one_key, one in list(self._layers.items()):
                 module: Any = one.module()
-                if module is not None and not module.merged_adapters:
-                    runs.prepared[one_key] = self._of(one_key, module, parts, step.backend)
+                if module is not None and not module.merged_adapters and are_plain(module, parts):
+                    runs.prepared[one_key] = self._of(one_key, module, parts, step.backend, runs.room)
         if key not in runs.prepared:
-            runs.prepared[key] = self._of(key, layer, parts, step.backend)
+            runs.prepared[key] = self._of(key, layer, parts, step.backend, runs.room)
         return runs.prepared[key]
 
-    def _of(self, key: int, layer: Any, parts: Runs, backend: str) -> PreparedGroups | None:
+    def _of(
+        self, key: int, layer: Any, parts: Runs, backend: str, room: list[Tensor] | None = None
+    ) -> PreparedGroups | None:
         entry = self._layers.get(key)
         known = {} if entry is None else entry.known
         modules, scaling = layer._modules, layer.scaling
@@ -89,7 +95,16 @@ class LoraLayers:
                     found = _look(known, name, a, b, bias)
                 facts = None if found is None else found.facts
                 groups.append(LoraGroup(first, end, a, b, bias, scaling[name], facts))
-        return prepare(groups, backend=backend) if groups else None
+        return prepare(groups, backend=backend, room=room) if groups else None
+
+
+def are_plain(layer: Any, parts: Runs) -> bool:
+    """Whether no adapter of `parts` has a variant of LoRA's forward in this layer."""
+    variants = layer.lora_variant
+    if not variants:
+        return True
+    selected = (layer.active_adapters if selection is None else selection.names for selection, _, _ in parts)
+    return not any(name in variants for names in selected for name in names)
 
 
 def applied(layer: Any, selection: Selection | None) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_paged.engine.adapters import Selection
 from hf_paged.errors import FallbackError
-from hf_paged.integrations.peft_groups import LoraLayers, Runs, applied, refuse_merged
+from hf_paged.integrations.peft_groups import LoraLayers, Runs, applied, are_plain, refuse_merged
 from hf_paged.kernels.lora_matmul import lora_add_, lora_add_prepared_
 from hf_paged.step import AdapterRuns, StepInputs
 
@@ -32,9 +32,13 @@ def run_in_step(lora: LoraLayers, layer: nn.Module, step: StepInputs, *args: Any
     Args:
         lora: of the model; `layer` is one of them if `is_lora_linear(layer)`.
     """
+    runs = step.adapters
+    if runs is not None and id(layer) in runs.prepared and len(args) == 1 and not kwargs:
+        output = _prepared(layer, step, runs, args[0])
+        if output is not None:
+            return output
     for name in _ROW_ARGUMENTS:
         kwargs.pop(name, None)
-    runs = step.adapters
     deterministic = step.metadata.deterministic
     if runs is None and not deterministic:
         return type(layer).forward(layer, *args, **kwargs)
@@ -46,7 +50,7 @@ def run_in_step(lora: LoraLayers, layer: nn.Module, step: StepInputs, *args: Any
     axis = 1 if x.dim() > 1 and x.shape[0] == 1 else 0
     parts: Runs = [(None, 0, x.shape[axis])] if runs is None else runs.of(x.shape[axis])
     grouped = _grouped_forward(type(layer).forward)
-    if grouped is not None and _are_plain(layer, parts):
+    if grouped is not None and are_plain(layer, parts):
         return grouped(lora, layer, step, parts, axis, x, args[1:], kwargs)
     if deterministic or runs is None:
         raise FallbackError(f"deterministic=True: {type(layer).__name__} does not treat each token alike")
@@ -57,6 +61,19 @@ def run_in_step(lora: LoraLayers, layer: nn.Module, step: StepInputs, *args: Any
         part = x if end - first == x.shape[axis] else x.narrow(axis, first, end - first)
         outputs.append(_within(layer, runs, selection, (part, *args[1:]), kwargs))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=axis)
+
+
+def _prepared(layer: Any, step: StepInputs, runs: AdapterRuns, x: Any) -> Tensor | None:
+    """`_linear` of a layer that has been made ready for all tokens of the step; None for other input."""
+    if runs.within or step.metadata.deterministic or not isinstance(x, Tensor):
+        return None
+    if x.shape[:-1] != (1, runs.tokens[-1][2]):
+        return None
+    output = layer._modules["base_layer"](x)
+    groups = runs.prepared[id(layer)]
+    if groups is not None:
+        lora_add_prepared_(output, x, groups, backend=step.backend)
+    return output
 
 
 def shadow(layer: nn.Module, selection: Selection) -> nn.Module:
@@ -109,15 +126,6 @@ def _grouped_forward(forward: Any) -> Callable[..., Tensor] | None:
     return None
 
 
-def _are_plain(layer: Any, parts: Runs) -> bool:
-    """Whether no adapter of `parts` has a variant of LoRA's forward in this layer."""
-    variants = layer.lora_variant
-    if not variants:
-        return True
-    selected = (layer.active_adapters if selection is None else selection.names for selection, _, _ in parts)
-    return not any(name in variants for names in selected for name in names)
-
-
 def is_lora_linear(layer: nn.Module) -> bool:
     """Whether the groups of `layer` are those of `LoraLayers`."""
     return _grouped_forward(type(layer).forward) is _linear
@@ -136,11 +144,11 @@ def _linear(
     output = layer._modules["base_layer"](x, *args, **kwargs)
     groups = lora.groups(layer, step, parts)
     if groups is not None:
-        rows, inputs = output.flatten(0, -2), x.flatten(0, -2)
         if step.metadata.deterministic:
+            rows, inputs = output.flatten(0, -2), x.flatten(0, -2)
             lora_add_(rows, inputs, groups.groups, backend=step.backend, deterministic=True)
         else:
-            lora_add_prepared_(rows, inputs, groups, backend=step.backend)
+            lora_add_prepared_(output, x, groups, backend=step.backend)
     return output
 
 

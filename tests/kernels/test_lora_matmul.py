@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_paged.kernels import cpu_jit, cpu_lora, cpu_runtime
-from hf_paged.kernels.lora_matmul import LoraFacts, LoraGroup, lora_add_
+from hf_paged.kernels.lora_matmul import LoraFacts, LoraGroup, lora_add_, lora_add_prepared_, prepare
 
 ROWS, WIDTH, OUT = 23, 40, 56
 KERNELS = cpu_lora._kernels
@@ -125,6 +125,7 @@ def test_kernels_of_every_shape(
         for threads, least in ((1, 4), (2, 4), (3, 4), (3, 1 << 30)):
             torch.set_num_threads(threads)  # noqa: TID251
             monkeypatch.setattr(cpu_lora, "_ROWS_OF_PART", least)
+            monkeypatch.setattr(cpu_lora, "_SMALL_BYTES", 0)
             actual = output.clone()
             assert cpu_lora._add_by_kernel(actual, x, groups)
             results.append(actual)
@@ -187,3 +188,51 @@ def test_unknown_backend_and_shapes_are_refused() -> None:
         lora_add_(output, x, groups, backend="cuda")
     with pytest.raises(ValueError, match=r"\[N, E_out\]"):
         lora_add_(output, x[:3], groups, backend="cpu")
+
+
+def test_rows_that_come_later_are_looked_at() -> None:
+    """What was made ready for takes the rows that it was made for, and leaves all others to the careful way."""
+    assert loaded(torch.float32, torch.float32)
+    output, x, groups = case(torch.float32, torch.float32)
+    groups = [g._replace(facts=LoraFacts.of(g.a, g.b, g.bias)) for g in groups if g.first != 14]
+    wanted = expected(output, x, groups)
+    room: list[torch.Tensor] = []
+    prepared = prepare(groups, backend="cpu", room=room)
+    assert prepared.ready is not None
+    wide = torch.zeros(ROWS, 2 * OUT)
+    # Rows, as the layers give them; then a view, rows of another dtype, and more of them.
+    for rows, into, taken in (
+        (x.view(1, ROWS, WIDTH), output.clone().view(1, ROWS, OUT), True),
+        (x.t().contiguous().t(), output.clone(), False),
+        (x, wide[:, ::2].copy_(output), False),
+        (x.double(), output.double(), False),
+        (torch.cat([x, x]), torch.cat([output, output]), True),
+    ):
+        before = into.clone()
+        assert cpu_lora.add_ready(into, rows, prepared.ready) is taken
+        if not taken:
+            assert torch.equal(into, before)
+            lora_add_prepared_(into, rows, prepared, backend="cpu")
+        got = into.reshape(-1, OUT)
+        assert (got[:ROWS].double() - wanted).abs().max() < 1e-3
+        assert torch.equal(got[ROWS:], before.reshape(-1, OUT)[ROWS:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not cpu_lora.add_ready(output, x, prepared.ready)
+    assert not cpu_lora.add_ready(output, x[: ROWS - 1].contiguous(), prepared.ready)
+    for rows, into in ((x[:, :-1], output), (x, output[:, :-1]), (x[:5], output[:5])):
+        with pytest.raises(ValueError, match="must be|rows"):
+            lora_add_prepared_(into.contiguous(), rows.contiguous(), prepared, backend="cpu")
+
+
+def test_groups_that_follow_one_another_share_their_scratch() -> None:
+    assert loaded(torch.float32, torch.float32)
+    output, x, groups = case(torch.float32, torch.float32)
+    groups = [g._replace(facts=LoraFacts.of(g.a, g.b, g.bias)) for g in groups if g.first != 14]
+    room: list[torch.Tensor] = []
+    both = [prepare(some, backend="cpu", room=room) for some in (groups[-1:], groups[:1], groups)]
+    assert len(room) <= 2
+    actual = output.clone()
+    for one in both:
+        lora_add_prepared_(actual, x, one, backend="cpu")
+    wanted = expected(expected(output, x, groups).float(), x, [groups[-1], groups[0]])
+    assert (actual.double() - wanted).abs().max() < 1e-3
