@@ -109,9 +109,7 @@ def add_by_table(output: Tensor, x: Tensor, table: Table) -> bool:
     source, target = (x.data_ptr(), x_stride, x.shape[1]), (output.data_ptr(), stride, output.shape[1])
     if parts := _parts(num_rows, size, bins):
         scratch = torch.empty(parts * (ranks * kernels.CHUNK + (ranks + 1) * kernels.TILE))
-        launch(
-            kernels.update(x.dtype, dtype), parts, (*tables, scratch.data_ptr(), ranks, *source, *target)
-        )
+        launch(kernels.update(x.dtype, dtype), parts, (*tables, scratch.data_ptr(), ranks, *source, *target))
         return True
     scratch = torch.empty(count + bins * (ranks + 1) * kernels.TILE)
     products = scratch.data_ptr()

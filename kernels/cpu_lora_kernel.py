@@ -155,7 +155,20 @@ def expand(x_tag, tag):
             scale, source = load_f32(scaling, group), products + 4 * _of(table, group, _PRODUCTS)
             first, last = _of(table, group, _FIRST), _of(table, group, _END)
             _expand_rows(
-                table, group, scale, source, first, last, begin, end, turned, output, stride, x_tag, tag, tiled
+                table,
+                group,
+                scale,
+                source,
+                first,
+                last,
+                begin,
+                end,
+                turned,
+                output,
+                stride,
+                x_tag,
+                tag,
+                tiled,
             )
 
     return kernel
@@ -190,9 +203,24 @@ def update(x_tag, tag):
             scale, blocks = load_f32(scaling, group), _blocks(table, group)
             for chunk in range(_of(table, group, _FIRST) + begin, _of(table, group, _FIRST) + end, CHUNK):
                 last = min(chunk + CHUNK, _of(table, group, _FIRST) + end)
-                _shrink(table, group, scale, x, x_stride, x_width, products, chunk, last, 0, blocks, x_tag, tag)
+                _shrink(
+                    table, group, scale, x, x_stride, x_width, products, chunk, last, 0, blocks, x_tag, tag
+                )
                 _expand_rows(
-                    table, group, scale, products, chunk, last, 0, width, turned, output, stride, x_tag, tag, tiled
+                    table,
+                    group,
+                    scale,
+                    products,
+                    chunk,
+                    last,
+                    0,
+                    width,
+                    turned,
+                    output,
+                    stride,
+                    x_tag,
+                    tag,
+                    tiled,
                 )
 
     return kernel

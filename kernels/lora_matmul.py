@@ -120,9 +120,7 @@ class PreparedGroups(NamedTuple):
     ready: Any = None  # the same, where rows of the common kind need only be named
 
 
-def prepare(
-    groups: Sequence[LoraGroup], *, backend: str, room: list[Tensor] | None = None
-) -> PreparedGroups:
+def prepare(groups: Sequence[LoraGroup], *, backend: str, room: list[Tensor] | None = None) -> PreparedGroups:
     """For `lora_add_prepared_`, with groups whose `facts` are known.
 
     Args:
@@ -158,7 +156,8 @@ def lora_add_prepared_(output: Tensor, x: Tensor, prepared: PreparedGroups, *, b
     """
     if prepared.ready is not None and _module(BACKENDS[backend]).add_ready(output, x, prepared.ready):
         return output
-    _add_prepared(output.flatten(0, -2), x.flatten(0, -2), prepared, backend)
+    # A view: what is added to a copy would be lost.
+    _add_prepared(output.view(-1, output.shape[-1]), x.flatten(0, -2), prepared, backend)
     return output
 
 

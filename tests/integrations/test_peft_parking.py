@@ -258,3 +258,24 @@ def test_how_much_is_kept_where_nobody_has_said(folders: Any) -> None:
     for bad in (0, -1, "much", True):
         with pytest.raises(hf_paged.ConfigError, match="adapter_host_memory"):
             hf_paged.PagedConfig(adapter_host_memory=bad)
+
+
+@pytest.mark.gpu
+def test_on_cuda_what_is_out_is_in_pinned_host_memory(folders: Any) -> None:
+    model = hf_paged.enable(
+        peft_model("llama", {"own": config("llama")}).to("cuda"),
+        max_resident_adapters=1,
+        adapter_host_memory="1GiB",
+    )
+    load_adapter(model, folders["r1"], "r1")
+    before = {key: value.cpu() for key, value in model.state_dict().items() if ".r1." in key}
+    tokens = serve(model, "r1")
+    held = [p for key, p in model.named_parameters() if ".r1." in key]
+    load_adapter(model, folders["r2"], "r2")
+    assert parked(model) == ["r1"]
+    assert all(p.device.type == "cpu" and p.is_pinned() for p in held)
+    assert serve(model, "r1") == tokens
+    assert all(p.device.type == "cuda" for p in held)
+    after = {key: value.cpu() for key, value in model.state_dict().items() if ".r1." in key}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())

@@ -220,7 +220,7 @@ def test_rows_that_come_later_are_looked_at() -> None:
         assert not cpu_lora.add_ready(output, x, prepared.ready)
     assert not cpu_lora.add_ready(output, x[: ROWS - 1].contiguous(), prepared.ready)
     for rows, into in ((x[:, :-1], output), (x, output[:, :-1]), (x[:5], output[:5])):
-        with pytest.raises(ValueError, match="must be|rows"):
+        with pytest.raises(ValueError, match=r"must be|rows"):
             lora_add_prepared_(into.contiguous(), rows.contiguous(), prepared, backend="cpu")
 
 
