@@ -31,6 +31,7 @@ from hf_paged.engine.request import Call, FinishReason, Sequence, SequenceGroup
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
 from hf_paged.engine.weights import watch_optimizers
 from hf_paged.errors import EngineStateError, InvalidRequestError
+from hf_paged.kernels.cpu_workers import let_workers_go
 
 if TYPE_CHECKING:
     from hf_paged.engine.call_table import Patch
@@ -57,6 +58,7 @@ class PagedEngine:
         rope_limit: int | None = None,
     ) -> None:
         watch_optimizers()
+        let_workers_go()  # who loads a model often leaves its requests to other threads
         self.patch = patch
         self.config = config
         self.position_limit = position_limit
