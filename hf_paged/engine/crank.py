@@ -106,11 +106,11 @@ class Crank:
             if self._held or self._callers > 1:
                 self._want_thread()
 
-    def submit(self, call: Call) -> None:
+    def submit(self, calls: Sequence[Call]) -> None:
         let_workers_go()
         with self._mutex:
-            self._let_in([call])
-            self._inbox.append(partial(self._loop.take_up, call))
+            self._let_in(calls)
+            self._inbox.extend(partial(self._loop.take_up, call) for call in calls)
             self._want_thread()
 
     def cancel(self, call: Call) -> None:

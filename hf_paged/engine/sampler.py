@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_paged.engine import processors as rules
 from hf_paged.engine import stopping
-from hf_paged.engine.draws import SeededDraws, makes_on_device, multinomial_error, seeded_exponential
+from hf_paged.engine.draws import SeededDraws, multinomial_error, seeded_exponential
 from hf_paged.engine.processor_rules import Line
 from hf_paged.engine.request import Call, FinishReason, Sequence
 from hf_paged.engine.sampling import SamplingSpec, TokenLogprobs
@@ -171,7 +171,7 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     for i, bad in enumerate(torch.isnan(probs[:, 0]).tolist()):
         if bad:
             errors.setdefault(sequences[i].call, multinomial_error(probs[i]))
-    seeded = _seeded_on_device(probs, sequences, errors)
+    seeded = _divide_seeded(probs, sequences, errors)
     asking: dict[tuple[Call, int], list[int]] = {}
     for i, sequence in enumerate(sequences):
         if i in seeded:
@@ -189,12 +189,10 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     return probs
 
 
-def _seeded_on_device(
+def _divide_seeded(
     probs: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]
 ) -> set[int]:
-    """Divides the rows of seeded calls by variates made on the device, of all calls at once; which rows these are."""
-    if not makes_on_device(probs.device):
-        return set()
+    """Divides the rows of seeded calls by their variates, of all calls at once; which rows these are."""
     rows = [
         i
         for i, s in enumerate(sequences)
@@ -204,7 +202,11 @@ def _seeded_on_device(
         places = [
             (sequences[i].call.sampling.draws, sequences[i].row, sequences[i].num_generated) for i in rows
         ]
-        probs[rows] /= seeded_exponential(places, probs.shape[1], probs.dtype, probs.device)
+        variates = seeded_exponential(places, probs.shape[1], probs.dtype, probs.device)
+        if len(rows) == len(sequences):
+            probs.div_(variates)
+        else:
+            probs[rows] /= variates
     return set(rows)
 
 
