@@ -35,6 +35,7 @@ from hf_paged.kernels.cpu_runtime import (
     num_bins,
 )
 from hf_paged.kernels.cpu_step import CpuStep
+from hf_paged.kernels.cpu_uniform import uniform_rows
 from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.kernels.reference import copy_blocks
 
@@ -214,4 +215,5 @@ def _warm_up(dtype: torch.dtype) -> None:
             loop: Any = kernel_module("cpu_bins")
             loop.compile_loop()
     if dtype is torch.float32:
+        uniform_rows([0], (1, 1), torch.Generator())
         load_products()

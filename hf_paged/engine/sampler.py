@@ -95,7 +95,8 @@ class Sampler:
         for indices in groups.values():
             for start in range(0, len(indices), chunk):
                 part = indices[start : start + chunk]
-                chosen = self._sample_group(logits[part].float(), [sequences[i] for i in part], errors)
+                own = logits if len(part) == len(sequences) else logits[part]
+                chosen = self._sample_group(own.float(), [sequences[i] for i in part], errors)
                 for i, token in zip(part, chosen, strict=True):
                     tokens[i] = token
         if errors:
@@ -107,7 +108,7 @@ class Sampler:
     ) -> list[int]:
         """Tokens of rows of equal signature, arbitrary for those of calls in `errors`, to which it may add.
 
-        `logits` [n, vocab] float32 is this group's own.
+        `logits` [n, vocab] float32 are not written to.
         """
         scores = _process(_edited(logits, sequences, errors), sequences, errors)
         if sequences[0].call.sampling.do_sample:
