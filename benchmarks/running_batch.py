@@ -248,10 +248,10 @@ def table(data: dict[str, Any]) -> dict[str, Any]:
     """What docs/benchmarks.md shows of it."""
     work = data["rounds"][0]["workload"]
     about = (
-        f"Sequences running at once in {data['kv_memory_bytes'] >> 20} MiB of KV of {data['shape']} ({data['kv_tokens']} "
-        f"tokens), {work['num_requests']} requests of {work['name']} lengths, {len(data['rounds'])} seeds. Counts of the "
-        "schedulers, no model was run. A sequence runs in a step in which it gets a token it was asked for; steps count "
-        "while requests wait."
+        f"Sequences running at once in {data['kv_memory_bytes'] >> 20} MiB of KV of {data['shape']} "
+        f"({data['kv_tokens']} tokens), {work['num_requests']} requests of {work['name']} lengths, "
+        f"{len(data['rounds'])} seeds. Counts of the schedulers, no model was run. A sequence runs in a step in which "
+        "it gets a token it was asked for; steps count while requests wait."
     )
     rows = []
     for name, arm in data["arms"].items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_paged.kernels.cpu_runtime import launch, loaded_kernels
 
-__all__ = ["uniform_rows"]
+__all__ = ["negated_in_float32", "uniform_rows"]
 
 #: Bytes of `torch.Generator.get_state()` and where they hold what moves: int32 left, int64 next, 624 words as int64.
 _SIZE, _LEFT, _NEXT, _WORDS = 5056, 8, 16, 24
@@ -36,6 +36,23 @@ def uniform_rows(rows: Sequence[int], shape: tuple[int, int], generator: torch.G
     if kernels is None or generator.device.type != "cpu" or not _is_known():
         return None
     return _draw(kernels, rows, shape, generator)
+
+
+def negated_in_float32(numbers: Tensor, margin: int) -> Tensor | None:
+    """`-numbers`, contiguous float64, in float32.
+
+    Returns:
+        None where the kernel is not to be had (yet), or where a number is within `margin` units of its last place of
+        the middle between two float32.
+    """
+    kernels = loaded_kernels("cpu_uniform_kernel", torch.float32)
+    if kernels is None:
+        return None
+    output = torch.empty(numbers.shape, dtype=torch.float32)
+    num_near = torch.empty(1, dtype=torch.int64)
+    arguments = (numbers.data_ptr(), numbers.numel(), output.data_ptr(), margin, num_near.data_ptr())
+    launch(kernels.negated_in_float32(), 1, arguments)
+    return None if num_near.item() else output
 
 
 def _draw(kernels: Any, rows: Sequence[int], shape: tuple[int, int], generator: torch.Generator) -> Tensor:

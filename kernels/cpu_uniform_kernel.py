@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import functools
 
-from hf_paged.kernels.cpu_jit import Kernel, entry, helper
-from hf_paged.kernels.cpu_memory import argument, load_i64, store_f64, store_i32, store_i64
+import numpy as np
 
-__all__ = ["uniform_rows"]
+from hf_paged.kernels.cpu_jit import Kernel, entry, helper
+from hf_paged.kernels.cpu_memory import (
+    argument,
+    load_f64,
+    load_i64,
+    store_f32,
+    store_f64,
+    store_i32,
+    store_i64,
+)
+
+__all__ = ["negated_in_float32", "uniform_rows"]
 
 #: MT19937 (Matsumoto and Nishimura, 1998, doi 10.1145/272991.272995): words of its state, and how far apart it adds.
 _N, _M = 624, 397
@@ -25,9 +35,13 @@ def _renew(state):
     for i in range(_N - _M):
         store_i64(state, i, _twisted(load_i64(state, i), load_i64(state, i + 1), load_i64(state, i + _M)))
     for i in range(_N - _M, 2 * (_N - _M)):
-        store_i64(state, i, _twisted(load_i64(state, i), load_i64(state, i + 1), load_i64(state, i - _N + _M)))
+        store_i64(
+            state, i, _twisted(load_i64(state, i), load_i64(state, i + 1), load_i64(state, i - _N + _M))
+        )
     for i in range(2 * (_N - _M), _N - 1):
-        store_i64(state, i, _twisted(load_i64(state, i), load_i64(state, i + 1), load_i64(state, i - _N + _M)))
+        store_i64(
+            state, i, _twisted(load_i64(state, i), load_i64(state, i + 1), load_i64(state, i - _N + _M))
+        )
     last = _twisted(load_i64(state, _N - 1), load_i64(state, 0), load_i64(state, _M - 1))
     store_i64(state, _N - 1, last)
 
@@ -75,5 +89,27 @@ def uniform_rows() -> Kernel:
                     store_f64(numbers, i, bits * 2.0**-53)
         store_i64(place, 0, position)
         store_i64(place, 1, left + 1)
+
+    return Kernel(kernel)
+
+
+@functools.cache
+def negated_in_float32() -> Kernel:
+    """output[i] = -numbers[i], of n float64 in float32, and how many are near the middle between two float32.
+
+    Arguments: numbers, n, output; units of the last place of a float64 that are near; address of the count (int64).
+    """
+
+    @entry()
+    def kernel(index, bins, arguments):
+        numbers, size, output = argument(arguments, 0), argument(arguments, 1), argument(arguments, 2)
+        margin, num_near = argument(arguments, 3), 0
+        # A number is rounded up or down by the 29 bits it loses; it is near where these are about half of what they
+        # can be.
+        for i in range(size):
+            lost = (load_i64(numbers, i) + (1 << 28) + margin) & ((1 << 29) - 1)
+            num_near += lost < 2 * margin
+            store_f32(output, i, np.float32(-load_f64(numbers, i)))
+        store_i64(argument(arguments, 4), 0, num_near)
 
     return Kernel(kernel)

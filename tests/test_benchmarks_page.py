@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-import hf_paged
 from hf_paged.comparison.api import plain_defaults
 from hf_paged.comparison.arm_paged import PagedArm
 from hf_paged.comparison.arms import ArmContext
@@ -118,7 +117,8 @@ def test_the_policy_alone_takes_the_steps_of_the_engine() -> None:
     model = make_model("gpt2")
     rng = random.Random(0)
     requests = [
-        Request(tuple(rng.choices(range(1, 60), k=rng.randint(1, 12))), rng.randint(30, 80)) for _ in range(24)
+        Request(tuple(rng.choices(range(1, 60), k=rng.randint(1, 12))), rng.randint(30, 80))
+        for _ in range(24)
     ]
     slots = 24 * 16
     counted = running_batch.paged(requests, slots)

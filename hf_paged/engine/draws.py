@@ -235,7 +235,9 @@ def seeded_exponential(
     return uniform.neg_().sub_(_HALF_STEP).clamp_(min=_LEAST).log1p_().neg_().to(dtype)
 
 
-def _philox(places: list[tuple[SeededDraws, int, int]], vocab: int) -> np.ndarray:  # uint32 [len(places), vocab]
+def _philox(
+    places: list[tuple[SeededDraws, int, int]], vocab: int
+) -> np.ndarray:  # uint32 [len(places), vocab]
     """The random bits of each place."""
     num_words = (vocab + 1) // 2
     words = np.empty((len(places), num_words), dtype="<u8")

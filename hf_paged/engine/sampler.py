@@ -146,6 +146,8 @@ def _edited(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseEx
 
 def _process(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> Tensor:
     """Scores [n, vocab] after the processors; `errors` gets what they raised, by call."""
+    if not sequences[0].call.sampling.processors:  # nor have the others any: their signatures are equal
+        return logits
     try:
         return rules.run([_line(sequence) for sequence in sequences], logits)
     except Exception as error:
@@ -190,9 +192,7 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     return probs
 
 
-def _divide_seeded(
-    probs: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]
-) -> set[int]:
+def _divide_seeded(probs: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> set[int]:
     """Divides the rows of seeded calls by their variates, of all calls at once; which rows these are."""
     rows = [
         i

@@ -1,9 +1,10 @@
 """Exponential variates for some rows of a draw, bit for bit those that `Tensor.exponential_` makes for all rows.
 
 On a CPU that makes a variate of a uniform of 53 bits, with one logarithm after another: these take four fifths of its
-time. Here the generator moves over all uniforms (`kernels.cpu_uniform`: those of other rows need not be made for that),
-and logarithms are taken of the wanted rows only, many at a time. Vectorised logarithms differ in the last bits of float64 from those of the C library, which
-decides about one float32 in 10^8: where it might, the C library is asked.
+time. Here the generator moves over all uniforms, so that it stands where it would (`kernels.cpu_uniform`: those of
+other rows need not be made for that), and logarithms are taken of the wanted rows only, many at a time. Vectorised
+logarithms differ in the last bits of float64 from those of the C library, which decides about one float32 in 10^8:
+where it might, the C library is asked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_paged.kernels.cpu_uniform import uniform_rows
+from hf_paged.kernels.cpu_uniform import negated_in_float32, uniform_rows
 
 __all__ = ["exponential", "exponential_rows"]
 
@@ -66,7 +67,10 @@ def _makes_them_of_uniforms() -> bool:
 
 def _of_uniforms(uniforms: Tensor) -> Tensor:  # float64 in [0, 1), not kept -> float32
     negated = uniforms.neg_()
-    return _rounded(torch.log1p(negated).neg_(), negated)
+    logarithms = torch.log1p(negated)
+    # Mostly none is near: one pass in place of six.
+    rounded = negated_in_float32(logarithms, _MARGIN)
+    return _rounded(logarithms.neg_(), negated) if rounded is None else rounded
 
 
 def _rounded(variates: Tensor, negated: Tensor) -> Tensor:

@@ -49,3 +49,18 @@ def test_another_generator_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(generator.get_state(), before)
     finally:
         cpu_uniform._is_known.cache_clear()
+
+
+def test_float32_of_float64_and_what_is_near_the_middle_of_two() -> None:
+    numbers = -torch.rand(1000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    numbers = (numbers.view(torch.int64) & ~(1 << 28)).view(
+        torch.float64
+    )  # far from the middle, or just above it
+    numbers = (numbers.view(torch.int64) | (1 << 20)).view(torch.float64)
+    made = cpu_uniform.negated_in_float32(numbers, 8)
+    assert made is not None
+    assert torch.equal(made, (-numbers).float())
+    for units, is_near in ((-9, False), (-8, True), (0, True), (7, True), (8, False)):
+        middle = torch.tensor([-1.0, -1.0 - 2.0**-24], dtype=torch.float64)
+        one_off = (middle.view(torch.int64) + torch.tensor([1 << 20, units])).view(torch.float64)
+        assert (cpu_uniform.negated_in_float32(one_off, 8) is None) == is_near

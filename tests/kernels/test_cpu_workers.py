@@ -8,11 +8,11 @@ import threading
 
 import pytest
 import torch
-from tests.helpers import make_model
 
 import hf_paged
 from hf_paged.kernels.cpu_runtime import wait_for_loading
 from hf_paged.kernels.cpu_workers import _pauses, let_workers_go
+from tests.helpers import make_model
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not _pauses(), reason="torch is built with another OpenMP than GNU's"
