@@ -203,14 +203,11 @@ def same_training(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 def compare(bench: Bench, model: str, repeats: int) -> dict[str, Any]:
     """Runs what is missing for a model and says how the ways compare."""
-    rows = {
-        way: [bench.row(model, way, turn) for turn in range(1 if way == "continuous batching" else repeats)]
-        for way in WAYS
-    }
+    rows = {way: [bench.row(model, way, turn) for turn in range(repeats)] for way in WAYS}
     greedy = {way: bench.row(model, way, 0, sample=False) for way in WAYS}
     result: dict[str, Any] = {"ratios": {}, "same_training": {}}
     for ours, against in TARGETS:
-        pairs = [b["seconds"] / a["seconds"] for a, b in zip(rows[ours], rows[against], strict=False)]
+        pairs = [b["seconds"] / a["seconds"] for a, b in zip(rows[ours], rows[against], strict=True)]
         result["ratios"][f"{ours} / {against}"] = {"median": statistics.median(pairs), "pairs": pairs}
         result["same_training"][f"greedy: {ours}"] = same_training(greedy[ours], greedy[against])
     # transformers' continuous batching draws other samples than generate, so only this pair has the same.

@@ -139,8 +139,6 @@ def page(files: Mapping[Path, Any]) -> str:
         parts.append(f"\n## {path.stem}\n\n{_environment(data)}")
         if is_suite(data):
             parts.append(_suite(data))
-        elif isinstance(data, dict) and data.get("kind") == "running_batch":
-            parts.append(_running(data))
         elif isinstance(data, dict) and "table" in data:
             parts.append(
                 f"{data['table']['about']}\n\n{_table(data['table']['head'], data['table']['rows'])}"
@@ -250,25 +248,6 @@ def _tried(arm: Mapping[str, Any]) -> str:
 
 def _words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {json.dumps(v) if isinstance(v, dict) else v}" for k, v in settings.items())
-
-
-def _running(data: Mapping[str, Any]) -> str:
-    work = data["workload"]
-    rows = []
-    for name, arm in data["arms"].items():
-        rows.append(
-            [name, f"{arm['mean_running']:.2f}"]
-            + [f"{arm['mean_wanted']:.2f}" if "mean_wanted" in arm else _NONE]
-            + [times(arm[k]) if k in arm else _NONE for k in ("hf_paged_over", "hf_paged_over_wanted")]
-        )
-    words = (
-        f"Sequences running at once, mean over steps, in {size(data['kv_memory_bytes'])} of KV for {data['shape']} in "
-        f"{data['dtype']} ({data['kv_tokens']} tokens); {work['num_requests']} requests with the lengths of "
-        f"{work['name']}{''.join(f', {note}' for note in work['notes'])}.\nOf a padded batch all rows count while it "
-        "runs; `still wanted` leaves out those that are finished.\n\n"
-    )
-    head = ["", "running at once", "still wanted", "hf_paged over that", "over still wanted"]
-    return words + _table(head, rows)
 
 
 def _or_none(value: float | None, write: Any) -> str:

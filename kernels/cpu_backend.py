@@ -35,6 +35,7 @@ from hf_paged.kernels.cpu_runtime import (
     num_bins,
 )
 from hf_paged.kernels.cpu_step import CpuStep
+from hf_paged.kernels.cpu_uniform import negated_in_float32, uniform_rows
 from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.kernels.reference import copy_blocks
 
@@ -207,11 +208,13 @@ def _warm_up(dtype: torch.dtype) -> None:
         if is_float:
             argmax_rows(new[:, 0])
             rms_norm(new, new[0, 0], 1e-5)
-            rotate(new, new[:, 0], new[:, 0])
+            rotate(new, new, new[:, 0], new[:, 0])
         kernels: Any = kernel_module("cpu_paged_decode")
         if kernels is not None:
             kernels.finish_cut_rows(new.dtype)
             loop: Any = kernel_module("cpu_bins")
             loop.compile_loop()
     if dtype is torch.float32:
+        uniform_rows([0], (1, 1), torch.Generator())
+        negated_in_float32(torch.zeros(1, dtype=torch.float64), 1)
         load_products()

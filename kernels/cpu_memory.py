@@ -23,11 +23,14 @@ __all__ = [
     "item_bytes",
     "load",
     "load_f32",
+    "load_f64",
     "load_i32",
     "load_i64",
     "ordered_bits",
     "store",
     "store_f32",
+    "store_f64",
+    "store_i32",
     "store_i64",
     "store_integer",
 ]
@@ -187,6 +190,10 @@ def _storer(number, element, align):
 #: The int64, or the float32, at `address[index]`; and writing one there.
 load_i64, store_i64 = _loader(types.int64, _I64, 8), _storer(types.int64, _I64, 8)
 load_f32, store_f32 = _loader(types.float32, _F32, 4), _storer(types.float32, _F32, 4)
+#: Writes the lower half of an int64 to `address[index]`.
+store_i32 = _storer(types.int32, _I32, 4)
+#: The float64 at `address[index]`; and writing one there.
+load_f64, store_f64 = _loader(types.float64, ir.DoubleType(), 8), _storer(types.float64, ir.DoubleType(), 8)
 #: The int64 among a kernel's arguments at a place.
 argument = load_i64
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding of a step's queries or keys on a CPU, in one pass: written out in torch it takes eight."""
+"""Rotary position embedding of a step's queries and keys on a CPU, in one pass: written out in torch it takes eight."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ __all__ = ["rotate"]
 
 
 def rotate(
-    x: Tensor,  # [T, H, D]
+    query: Tensor,  # [T, H, D]
+    key: Tensor,  # [T, H_kv, D]
     cos: Tensor,  # [T, D]
     sin: Tensor,  # [T, D]
-) -> Tensor | None:
-    """`x * cos + rotate_half(x) * sin` (RoFormer, arXiv:2104.09864, in the layout of LLaMA): [T, H, D] contiguous.
+) -> tuple[Tensor, Tensor] | None:
+    """`x * cos + rotate_half(x) * sin` of both (RoFormer, arXiv:2104.09864, in the layout of LLaMA), contiguous.
 
     Computed in float32 and rounded once. None where the kernel does not take these tensors, or is not loaded yet.
     """
-    dtype = x.dtype
+    dtype = query.dtype
+    tokens, _, size = query.shape
     kernels = loaded_kernels("cpu_rope_kernel", dtype)
     if (
         kernels is None
-        or cos.dtype is not dtype
-        or sin.dtype is not dtype
-        or x.device.type != "cpu"
-        or x.shape[2] % 2
-        or cos.shape != (x.shape[0], x.shape[2])
+        or not key.dtype is cos.dtype is sin.dtype is dtype
+        or query.device.type != "cpu"
+        or size % 2
+        or key.shape[0] != tokens
+        or key.shape[2] != size
+        or cos.shape != (tokens, size)
         or sin.shape != cos.shape
-        or x.stride(2) != 1
+        or not query.stride(2) == key.stride(2) == 1
         or not (cos.is_contiguous() and sin.is_contiguous())
     ):
         return None
-    output = torch.empty(x.shape, dtype=dtype)
-    arguments = (
-        x.data_ptr(), x.stride(0), x.stride(1), output.data_ptr(), cos.data_ptr(), sin.data_ptr(), *x.shape
-    )  # fmt: skip
-    launch(kernels.rotate_heads(dtype), num_bins(2 * x.numel() * x.element_size()), arguments)
-    return output
+    outputs = torch.empty(query.shape, dtype=dtype), torch.empty(key.shape, dtype=dtype)
+    arguments = [cos.data_ptr(), sin.data_ptr(), tokens, size]
+    for x, output in zip((query, key), outputs, strict=True):
+        arguments += (x.data_ptr(), x.stride(0), x.stride(1), x.shape[1], output.data_ptr())
+    num_bytes = 2 * (query.numel() + key.numel()) * query.element_size()
+    launch(kernels.rotate_heads(dtype), num_bins(num_bytes), arguments)
+    return outputs

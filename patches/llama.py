@@ -53,11 +53,9 @@ def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2)
     if query.device.type == "cpu" and query.dtype is key.dtype:
-        rotated = cpu_rope.rotate(query[0], cos[0], sin[0])
+        rotated = cpu_rope.rotate(query[0], key[0], cos[0], sin[0])
         if rotated is not None:
-            other = cpu_rope.rotate(key[0], cos[0], sin[0])
-            if other is not None:
-                return rotated[None], other[None]
+            return rotated[0][None], rotated[1][None]
     return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
 
 

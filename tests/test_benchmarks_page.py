@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-import hf_paged
+from hf_paged.comparison.api import plain_defaults
+from hf_paged.comparison.arm_paged import PagedArm
+from hf_paged.comparison.arms import ArmContext
+from hf_paged.comparison.timeline import kv_bytes_per_token
 from hf_paged.comparison.workloads import Request
+from hf_paged.config import PagedConfig
 from tests.comparison.sample_reports import sample_report
-from tests.helpers import ROOT
+from tests.helpers import ROOT, make_model
 
 
 def script(name: str) -> ModuleType:
@@ -89,26 +94,39 @@ def test_a_readme_without_marks_or_no_suite_is_refused(copy: Path) -> None:
 def test_padded_rows_are_counted_by_hand() -> None:
     requests = [Request((1,) * p, o) for p, o in ((10, 10), (20, 30), (5, 5), (60, 10))]
     # With outputs known: 2 x (20 + 30) = 100, a third row would need 150; then (5, 5) alone, since with (60, 10) it
-    # needs 2 x (60 + 10) = 140; then (60, 10).
+    # needs 2 x (60 + 10) = 140; then (60, 10), which nobody waits for.
     known = running_batch.padded(requests, 120, 100, known=True)
-    assert known == {"mean_running": (2 * 30 + 5 + 10) / 45, "mean_wanted": (40 + 5 + 10) / 45, "steps": 45}
+    assert known == {"mean_running": (40 + 5) / 35, "mean_held": (2 * 30 + 5) / 35, "steps": 35}
     alone = running_batch.padded(requests, 120, 100, known=False)
-    assert alone["mean_running"] == 1
+    assert alone["mean_running"] == alone["mean_held"] == 1
     # The second and the last would exceed 80 positions together: 60 + 30.
-    assert running_batch.padded(requests, 10_000, 80, known=True)["steps"] == 30 + 10
+    assert running_batch.padded(requests, 10_000, 80, known=True)["steps"] == 30
 
 
 def test_both_engines_are_counted_in_the_same_room() -> None:
-    model = running_batch.carrier()
-    model.generation_config.eos_token_id = None
     requests = [Request((1, 2, 3), 20)] * 6
-    ours = running_batch.paged(model, requests, 4 * 32)  # 8 blocks of 16: two a request
-    theirs = running_batch.continuous(model, requests, 4 * 32, 32)
-    assert ours["kv_blocks_total"] <= 8
+    ours = running_batch.paged(requests, 4 * 32)  # 8 blocks of 16: two a request
+    theirs = running_batch.continuous(requests, 4 * 32, 32)
     assert 2 < ours["mean_running"] <= 4
     assert 2 < theirs["mean_running"] <= 4
     assert ours["peak_running"] <= 6
-    assert not hf_paged.is_enabled(model)
+    assert ours["steps"] < ours["all_steps"]
+
+
+def test_the_policy_alone_takes_the_steps_of_the_engine() -> None:
+    model = make_model("gpt2")
+    rng = random.Random(0)
+    requests = [
+        Request(tuple(rng.choices(range(1, 60), k=rng.randint(1, 12))), rng.randint(30, 80))
+        for _ in range(24)
+    ]
+    slots = 24 * 16
+    counted = running_batch.paged(requests, slots)
+    assert counted["preemptions"], "room for all shows nothing"
+    with plain_defaults(model, (), 0):
+        config = PagedConfig(kv_cache_memory=slots * kv_bytes_per_token(model))
+        stats = PagedArm(ArmContext(model, requests), config=config).run(lambda count: None).extra["stats"]
+    assert (counted["all_steps"], counted["preemptions"]) == (stats["steps"], stats["preemptions"])
 
 
 def test_the_room_is_that_of_the_named_shape() -> None:

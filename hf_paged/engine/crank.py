@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from hf_paged.engine.request import Call, FinishReason
 from hf_paged.errors import EngineStateError, RequestCancelledError
+from hf_paged.kernels.cpu_workers import let_workers_go
 
 if TYPE_CHECKING:
     from hf_paged.engine.loop import StepLoop
@@ -105,10 +106,11 @@ class Crank:
             if self._held or self._callers > 1:
                 self._want_thread()
 
-    def submit(self, call: Call) -> None:
+    def submit(self, calls: Sequence[Call]) -> None:
+        let_workers_go()
         with self._mutex:
-            self._let_in([call])
-            self._inbox.append(partial(self._loop.take_up, call))
+            self._let_in(calls)
+            self._inbox.extend(partial(self._loop.take_up, call) for call in calls)
             self._want_thread()
 
     def cancel(self, call: Call) -> None:
@@ -221,6 +223,7 @@ class Crank:
             if mine:
                 self._turn_for(calls, ready)
             else:
+                let_workers_go()
                 wake.wait()
 
     def _turn_for(self, calls: Sequence[Call], ready: Callable[[], bool]) -> None:
@@ -282,6 +285,7 @@ class Crank:
                 self._loop.went_idle()
             if self._inbox or (self._loop.has_work and not mine):
                 self._start_thread()
+                let_workers_go()
                 return
             self._held = False
             self._hand_over = False

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -193,24 +193,16 @@ class SeededDraws:
     """
 
     def __init__(self, seed: int, index: int = 0) -> None:
-        self._key = [seed % 2**64, index % 2**64]
+        self.key = [seed % 2**64, index % 2**64]
 
     def exponential(
         self, rows: list[int], t: int, vocab: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:  # [len(rows), vocab]
-        if makes_on_device(device):
-            return seeded_exponential([(self, row, t) for row in rows], vocab, dtype, device)
-        variates = np.empty((len(rows), vocab), dtype=np.float32)
-        for out, row in zip(variates, rows, strict=True):
-            # As uint64: of a list with a word from 2**63 on numpy makes floats, which name fewer streams.
-            key, counter = (np.array(words, np.uint64) for words in (self._key, [0, t, row, 0]))
-            words = np.random.Philox(key=key, counter=counter).random_raw((vocab + 1) // 2)
-            _exponential_of_bits(words.astype("<u8", copy=False).view("<u4")[:vocab], out)
-        return torch.from_numpy(variates).to(device=device, dtype=dtype)
+        return seeded_exponential([(self, row, t) for row in rows], vocab, dtype, device)
 
     def place(self, row: int, t: int) -> list[int]:
         """Key, step and row as the kernel takes them: words of 64 bits as signed numbers."""
-        return [word - 2**64 if word >= 2**63 else word for word in (*self._key, t, row)]
+        return [word - 2**64 if word >= 2**63 else word for word in (*self.key, t, row)]
 
     #: A stream that is counted may be looked at as often as one likes.
     peek = exponential
@@ -230,15 +222,35 @@ def makes_on_device(device: torch.device) -> bool:
 def seeded_exponential(
     places: list[tuple[SeededDraws, int, int]], vocab: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:  # [len(places), vocab]
-    """The variates of (draws, row, step) each, made on `device` in one go.
+    """The variates of (draws, row, step) each, made in one go on `device` where that can.
 
-    Their uniforms are bit for bit those made on the host; logarithms may differ in the last place.
+    There their uniforms are bit for bit those made on the host; logarithms may differ in the last place.
     """
+    if not makes_on_device(device):
+        return torch.from_numpy(_exponential_of_bits(_philox(places, vocab))).to(device=device, dtype=dtype)
     from hf_paged.kernels.triton_seeded_uniform import seeded_uniform
 
     rows = torch.tensor([draws.place(row, t) for draws, row, t in places], dtype=torch.int64)
     uniform = seeded_uniform(rows.to(device), vocab)
     return uniform.neg_().sub_(_HALF_STEP).clamp_(min=_LEAST).log1p_().neg_().to(dtype)
+
+
+def _philox(
+    places: list[tuple[SeededDraws, int, int]], vocab: int
+) -> np.ndarray:  # uint32 [len(places), vocab]
+    """The random bits of each place."""
+    num_words = (vocab + 1) // 2
+    words = np.empty((len(places), num_words), dtype="<u8")
+    # One generator that is put where each row begins: making one asks the system for entropy that is not wanted.
+    generator = np.random.Philox(key=0)
+    state: Any = generator.state
+    key, counter = state["state"]["key"], state["state"]["counter"]
+    for out, (draws, row, t) in zip(words, places, strict=True):
+        key[:] = draws.key
+        counter[:] = (0, t, row, 0)
+        generator.state = state  # with nothing of the last row in its buffer
+        out[:] = generator.random_raw(num_words)
+    return words.view("<u4")[:, :vocab]
 
 
 class PeekedDraws:
@@ -282,15 +294,17 @@ def multinomial_error(probs: Tensor) -> BaseException:
     raise AssertionError("torch.multinomial accepted probabilities that are not numbers")
 
 
-def _exponential_of_bits(bits: np.ndarray, out: np.ndarray) -> None:
-    """Exponential variates into `out`, float32 [n], from `bits`, uint32 [n]. All are finite and > 0.
+def _exponential_of_bits(bits: np.ndarray) -> np.ndarray:
+    """Exponential variates, float32, from `bits`, uint32 of the same shape. All are finite and > 0.
 
-    numpy and one row at a time: torch may split a row among threads, and its vector and scalar logarithms
-    differ.
+    By numpy, whose logarithms are the same wherever a number stands: torch may split rows among threads, and its
+    vector and scalar logarithms differ.
     """
+    out = np.empty(bits.shape, dtype=np.float32)
     np.multiply(bits, np.float32(-(2.0**-32)), out=out, dtype=np.float32, casting="unsafe")
     out -= np.float32(_HALF_STEP)
     # Uniforms are negated here; -1 would give infinity, which divides every probability to the same 0.
     np.maximum(out, np.float32(_LEAST), out=out)
     np.log1p(out, out=out)
     np.negative(out, out=out)
+    return out

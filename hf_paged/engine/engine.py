@@ -31,6 +31,7 @@ from hf_paged.engine.request import Call, FinishReason, Sequence, SequenceGroup
 from hf_paged.engine.stats import Counters, EngineStats, snapshot
 from hf_paged.engine.weights import watch_optimizers
 from hf_paged.errors import EngineStateError, InvalidRequestError
+from hf_paged.kernels.cpu_workers import let_workers_go
 
 if TYPE_CHECKING:
     from hf_paged.engine.call_table import Patch
@@ -57,6 +58,7 @@ class PagedEngine:
         rope_limit: int | None = None,
     ) -> None:
         watch_optimizers()
+        let_workers_go()  # who loads a model often leaves its requests to other threads
         self.patch = patch
         self.config = config
         self.position_limit = position_limit
@@ -153,7 +155,7 @@ class PagedEngine:
     def run_all(self, calls: SequenceOf[Call]) -> None:
         """Runs several calls together and returns when all have ended; each keeps its own error."""
         for call in calls:
-            self._check(call)
+            self.check(call)
         self._crank.run(calls)
 
     def attend(self, calls: SequenceOf[Call]) -> AbstractContextManager[Until]:
@@ -163,7 +165,7 @@ class PagedEngine:
         them is in `Call.error`.
         """
         for call in calls:
-            self._check(call)
+            self.check(call)
         return self._crank.attend(calls)
 
     def answer(self, call: Call, tokens: list[int], reasons: list[FinishReason | None]) -> None:
@@ -172,8 +174,13 @@ class PagedEngine:
 
     def submit(self, call: Call) -> None:
         """Takes `call` up and returns at once; it makes progress without anybody waiting. `call.done` tells the end."""
-        self._check(call)
-        self._crank.submit(call)
+        self.submit_all([call])
+
+    def submit_all(self, calls: SequenceOf[Call]) -> None:
+        """As `submit`, for calls that shall begin together."""
+        for call in calls:
+            self.check(call)
+        self._crank.submit(calls)
 
     def cancel(self, call: Call) -> None:
         """Ends `call` at the next step boundary; its blocks go back then."""
@@ -215,7 +222,12 @@ class PagedEngine:
                 return f"a step has been running for {seconds:.0f} s"
         return None if failure is None else f"the last step failed ({type(failure).__name__})"
 
-    def _check(self, call: Call) -> None:
+    def check(self, call: Call) -> None:
+        """What every call is asked when it comes.
+
+        Raises:
+            InvalidRequestError: it can never run. EngineStateError: the engine takes no calls any more.
+        """
         if self._closed:
             raise EngineStateError("the model is not enabled any more")
         capacity = (self._loop.runtime or self._loop.ready()).capacity_tokens

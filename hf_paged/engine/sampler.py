@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_paged.engine import processors as rules
 from hf_paged.engine import stopping
-from hf_paged.engine.draws import SeededDraws, makes_on_device, multinomial_error, seeded_exponential
+from hf_paged.engine.draws import SeededDraws, multinomial_error, seeded_exponential
 from hf_paged.engine.processor_rules import Line
 from hf_paged.engine.request import Call, FinishReason, Sequence
 from hf_paged.engine.sampling import SamplingSpec, TokenLogprobs
@@ -95,7 +95,8 @@ class Sampler:
         for indices in groups.values():
             for start in range(0, len(indices), chunk):
                 part = indices[start : start + chunk]
-                chosen = self._sample_group(logits[part].float(), [sequences[i] for i in part], errors)
+                own = logits if len(part) == len(sequences) else logits[part]
+                chosen = self._sample_group(own.float(), [sequences[i] for i in part], errors)
                 for i, token in zip(part, chosen, strict=True):
                     tokens[i] = token
         if errors:
@@ -107,7 +108,7 @@ class Sampler:
     ) -> list[int]:
         """Tokens of rows of equal signature, arbitrary for those of calls in `errors`, to which it may add.
 
-        `logits` [n, vocab] float32 is this group's own.
+        `logits` [n, vocab] float32 are not written to.
         """
         scores = _process(_edited(logits, sequences, errors), sequences, errors)
         if sequences[0].call.sampling.do_sample:
@@ -145,6 +146,8 @@ def _edited(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseEx
 
 def _process(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> Tensor:
     """Scores [n, vocab] after the processors; `errors` gets what they raised, by call."""
+    if not sequences[0].call.sampling.processors:  # nor have the others any: their signatures are equal
+        return logits
     try:
         return rules.run([_line(sequence) for sequence in sequences], logits)
     except Exception as error:
@@ -171,7 +174,7 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     for i, bad in enumerate(torch.isnan(probs[:, 0]).tolist()):
         if bad:
             errors.setdefault(sequences[i].call, multinomial_error(probs[i]))
-    seeded = _seeded_on_device(probs, sequences, errors)
+    seeded = _divide_seeded(probs, sequences, errors)
     asking: dict[tuple[Call, int], list[int]] = {}
     for i, sequence in enumerate(sequences):
         if i in seeded:
@@ -189,12 +192,8 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     return probs
 
 
-def _seeded_on_device(
-    probs: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]
-) -> set[int]:
-    """Divides the rows of seeded calls by variates made on the device, of all calls at once; which rows these are."""
-    if not makes_on_device(probs.device):
-        return set()
+def _divide_seeded(probs: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> set[int]:
+    """Divides the rows of seeded calls by their variates, of all calls at once; which rows these are."""
     rows = [
         i
         for i, s in enumerate(sequences)
@@ -204,7 +203,11 @@ def _seeded_on_device(
         places = [
             (sequences[i].call.sampling.draws, sequences[i].row, sequences[i].num_generated) for i in rows
         ]
-        probs[rows] /= seeded_exponential(places, probs.shape[1], probs.dtype, probs.device)
+        variates = seeded_exponential(places, probs.shape[1], probs.dtype, probs.device)
+        if len(rows) == len(sequences):
+            probs.div_(variates)
+        else:
+            probs[rows] /= variates
     return set(rows)
 
 

@@ -1,9 +1,10 @@
 """Exponential variates for some rows of a draw, bit for bit those that `Tensor.exponential_` makes for all rows.
 
 On a CPU that makes a variate of a uniform of 53 bits, with one logarithm after another: these take four fifths of its
-time. Here all uniforms are drawn, so that the generator stands where it would, and logarithms are taken of the wanted
-rows only, many at a time. Vectorised logarithms differ in the last bits of float64 from those of the C library, which
-decides about one float32 in 10^8: where it might, the C library is asked.
+time. Here the generator moves over all uniforms, so that it stands where it would (`kernels.cpu_uniform`: those of
+other rows need not be made for that), and logarithms are taken of the wanted rows only, many at a time. Vectorised
+logarithms differ in the last bits of float64 from those of the C library, which decides about one float32 in 10^8:
+where it might, the C library is asked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_paged.kernels.cpu_uniform import negated_in_float32, uniform_rows
+
 __all__ = ["exponential", "exponential_rows"]
 
 #: Bits by which float64 is longer than float32, and by how many units of its last two logarithms may differ.
@@ -25,7 +28,8 @@ def exponential(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Gen
     """What `torch.empty(shape).exponential_(generator=generator)` gives."""
     if not _is_quicker(dtype, generator.device):
         return _plainly(shape, dtype, generator)
-    return _of_uniforms(_uniforms(shape, generator))
+    uniforms = uniform_rows(range(shape[0]), shape, generator)
+    return _of_uniforms(_uniforms(shape, generator) if uniforms is None else uniforms)
 
 
 def exponential_rows(
@@ -34,7 +38,8 @@ def exponential_rows(
     """[len(rows), shape[1]]: `exponential(shape, ...)[rows]`, and the generator stands where that leaves it."""
     if not _is_quicker(dtype, generator.device):
         return _plainly(shape, dtype, generator)[rows]
-    return _of_uniforms(_uniforms(shape, generator)[rows])
+    uniforms = uniform_rows(rows, shape, generator)
+    return _of_uniforms(_uniforms(shape, generator)[rows] if uniforms is None else uniforms)
 
 
 def _plainly(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -62,7 +67,10 @@ def _makes_them_of_uniforms() -> bool:
 
 def _of_uniforms(uniforms: Tensor) -> Tensor:  # float64 in [0, 1), not kept -> float32
     negated = uniforms.neg_()
-    return _rounded(torch.log1p(negated).neg_(), negated)
+    logarithms = torch.log1p(negated)
+    # Mostly none is near: one pass in place of six.
+    rounded = negated_in_float32(logarithms, _MARGIN)
+    return _rounded(logarithms.neg_(), negated) if rounded is None else rounded
 
 
 def _rounded(variates: Tensor, negated: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from hf_paged.engine.draws import LockstepDraws, SeededDraws, default_generator
+from hf_paged.engine.draws import LockstepDraws, SeededDraws, default_generator, seeded_exponential
 
 CPU = torch.device("cpu")
 
@@ -122,6 +123,20 @@ def test_seeded_streams_depend_on_nothing_else() -> None:
     assert len({tuple(x.flatten().tolist()) for x in distinct}) == len(distinct)
 
 
+@pytest.mark.parametrize("vocab", [1, 2, 37, 1024])
+def test_streams_of_many_calls_are_made_at_once_as_one_by_one(vocab: int) -> None:
+    float32, cpu = torch.float32, torch.device("cpu")
+    places = [(SeededDraws(-5 * i, 2**63 + i), i % 3, 7 * i) for i in range(5)]
+    together = seeded_exponential(places, vocab, float32, cpu)
+    for variates, (draws, row, t) in zip(together, places, strict=True):
+        assert torch.equal(variates, draws.exponential([row], t, vocab, float32, cpu)[0])
+        bits = np.random.Philox(
+            key=np.array(draws.key, np.uint64), counter=np.array([0, t, row, 0], np.uint64)
+        ).random_raw((vocab + 1) // 2)
+        uniform = bits.view(np.uint32)[:vocab].astype(np.float64) / 2**32
+        np.testing.assert_allclose(variates.numpy(), -np.log1p(-uniform), rtol=1e-3, atol=2e-7)
+
+
 def test_seeded_streams_are_the_same_in_every_process() -> None:
     code = (
         "import torch, hashlib; torch.set_num_threads({threads});"
@@ -152,13 +167,10 @@ def test_seeded_variates_are_exponential() -> None:
 
 
 def test_the_extreme_bits_are_finite_and_positive() -> None:
-    import numpy as np
-
     from hf_paged.engine.draws import _exponential_of_bits
 
     bits = np.array([0, 1, 2**31, 2**32 - 1], dtype=np.uint32)
-    out = np.empty(4, dtype=np.float32)
-    _exponential_of_bits(bits, out)
+    out = _exponential_of_bits(bits)
     assert np.isfinite(out).all()
     assert (np.diff(out) > 0).all()
     assert 0 < out[0] < 2e-10

@@ -35,6 +35,7 @@ def test_other_dtypes_are_drawn_plainly(dtype: torch.dtype) -> None:
 
 def test_a_torch_that_makes_them_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = torch.empty((4, 9)).exponential_(generator=generator())
+    monkeypatch.setattr(variates, "uniform_rows", lambda rows, shape, generator: None)
     monkeypatch.setattr(variates, "_uniforms", lambda shape, generator: torch.zeros(shape).double())
     variates._makes_them_of_uniforms.cache_clear()
     try:

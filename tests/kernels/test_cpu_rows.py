@@ -51,19 +51,20 @@ def test_rms_norm_of_what_the_kernel_does_not_take():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, heads, size", [(1, 1, 2), (5, 3, 32), (17, 8, 64)])
 def test_rotate(tokens, heads, size, dtype):
-    packed = random(tokens, heads + 2, size, dtype=dtype)
-    x = packed[:, 1:-1]  # heads inside a wider row
+    packed = random(tokens, heads + 3, size, dtype=dtype)
+    query, key = packed[:, 1:-2], packed[:, -2:]  # heads inside a wider row
     angles = random(tokens, size // 2, seed=2).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def upstream(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return apply_rotary_pos_emb(x[None], x[None], cos[None], sin[None], unsqueeze_dim=2)[0][0]
 
-    truth = upstream(x.double(), cos.double(), sin.double())
-    ours = cpu_rope.rotate(x, cos, sin)
-    assert ours is not None
-    assert ours.is_contiguous()
-    assert_no_worse(ours, upstream(x, cos, sin), truth)
+    both = cpu_rope.rotate(query, key, cos, sin)
+    assert both is not None
+    for x, ours in zip((query, key), both, strict=True):
+        assert ours.is_contiguous()
+        truth = upstream(x.double(), cos.double(), sin.double())
+        assert_no_worse(ours, upstream(x, cos, sin), truth)
 
 
 @pytest.mark.parametrize(
@@ -78,4 +79,4 @@ def test_rotate(tokens, heads, size, dtype):
     ids=["odd", "partial", "dtypes", "strided", "float64"],
 )
 def test_rotate_says_what_it_does_not_take(x, cos):
-    assert cpu_rope.rotate(x, cos, cos) is None
+    assert cpu_rope.rotate(x, x, cos, cos) is None

@@ -1,0 +1,80 @@
+"""Workers of OpenMP go with the thread's work to another thread, and come back with its next parallel loop."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+import hf_paged
+from hf_paged.kernels.cpu_runtime import wait_for_loading
+from hf_paged.kernels.cpu_workers import _pauses, let_workers_go
+from tests.helpers import make_model
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not _pauses(), reason="torch is built with another OpenMP than GNU's"
+)
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # noqa: TID251 - a worker beside this thread, however many processors there are
+    yield
+    torch.set_num_threads(before)  # noqa: TID251
+
+
+def work() -> torch.Tensor:
+    return torch.ones(1 << 20).mul_(2.0)
+
+
+def test_workers_end_and_are_made_again(two_threads: None) -> None:
+    work()
+    with_workers = num_threads()
+    let_workers_go()
+    assert num_threads() == with_workers - 1
+    assert torch.get_num_threads() == 2
+    assert bool((work() == 2.0).all())
+    assert num_threads() == with_workers
+    let_workers_go()
+
+
+def test_a_thread_that_submits_lets_its_workers_go(two_threads: None) -> None:
+    model = make_model("llama")
+    hf_paged.enable(model)
+    try:
+        engine = hf_paged.engine(model)
+        engine.submit([1, 2, 3], max_new_tokens=3, do_sample=False).result(60)
+        wait_for_loading()  # of kernels, which have a thread of their own
+        work()
+        with_workers = num_threads()
+        assert len(engine.submit([1, 2, 3], max_new_tokens=3, do_sample=False).result(60).token_ids) == 3
+    finally:
+        hf_paged.disable(model)  # with which the engine's thread and its workers end
+    assert num_threads() < with_workers
+
+
+def test_a_forked_child_does_not_wait_for_workers_it_does_not_have(two_threads: None) -> None:
+    work()
+    child = os.fork()
+    if not child:
+        let_workers_go()
+        os._exit(7)
+    for _ in range(500):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        threading.Event().wait(0.02)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 7
+    let_workers_go()
