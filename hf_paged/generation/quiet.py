@@ -37,6 +37,11 @@ def quiet() -> Iterator[None]:
                 _ungag()
 
 
+def is_quiet() -> bool:
+    """Whether this thread is inside of `quiet`."""
+    return threading.get_ident() in _silent_threads
+
+
 def _gag() -> None:
     # A filter would not do: `warning_once` remembers what passed it, and the real call would stay silent.
     for logger in _LOGGERS:

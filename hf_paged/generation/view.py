@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeAlias
 
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from hf_paged.generation.config_memo import remembering
+
 #: A `PreTrainedModel` that is a `GenerationMixin` too: upstream has no type that says both.
 GenerativeModel: TypeAlias = Any
 
@@ -142,6 +144,9 @@ def view_class(cls: type) -> type:
     cache_method = getattr(cls, "_prepare_cache_for_generation", None)
     if cache_method is not None:
         namespace["_prepare_cache_for_generation"] = _without_cache(cache_method)
+    merge = getattr(cls, "_prepare_generation_config", None)
+    if merge is not None and merge.__module__ == "transformers.generation.utils":
+        namespace["_prepare_generation_config"] = remembering(merge)
     hub_mode = getattr(cls, "_get_deprecated_gen_repo", None)
     if hub_mode is not None:
         namespace["_get_deprecated_gen_repo"] = _hub_mode_guard(hub_mode)
