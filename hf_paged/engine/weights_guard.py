@@ -55,7 +55,7 @@ class WeightsGuard:
     """
 
     _SHARE = 50
-    _FIRST_AFTER_S = 0.05  # a full look and its snapshot take 1 ms on the smallest models
+    _FIRST_AFTER_S = 0.02  # a full look and its snapshot take 1 ms on the smallest models
 
     def __init__(self) -> None:
         self._samples = Samples()
