@@ -264,6 +264,11 @@ def test_no_step_runs_while_upstream_shortens_the_model(monkeypatch, raises):
     """Early exit sets the number of layers of the shared config while it drafts, and leaves it so when it raises."""
     from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
 
+    from hf_paged.generation import speculation
+    from hf_paged.generation.fallback import reason
+
+    # Early exit itself is served; with anything that is not, upstream's own runs.
+    monkeypatch.setattr(speculation, "speculation_reasons", lambda *args: [reason("assisted_decoding")])
     model, plain = make_model("llama"), make_model("llama")
     layers, prompt = model.config.num_hidden_layers, inputs(lengths=(9,))
     assert layers > 1

@@ -16,16 +16,23 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from hf_paged.config import PagedConfig
 from hf_paged.engine import batch
-from hf_paged.engine.draws import PeekedDraws
+from hf_paged.engine.assistant_host import AssistantHost, Lease
+from hf_paged.engine.draft_vocabulary import (
+    OtherVocabulary,
+    SameVocabulary,
+    Shadow,
+    Vocabulary,
+    own_tokenizer,
+)
+from hf_paged.engine.drafting import Speculation
 from hf_paged.engine.request import Call, Sequence, Status
 from hf_paged.engine.runtime import Runtime
-from hf_paged.engine.sampling import SamplingSpec
 from hf_paged.engine.scheduler import make_plan
 
 _NEWEST_WEIGHT = 0.2
@@ -34,40 +41,23 @@ _ADAPTING = ("heuristic", "heuristic_transient")
 _STEP_UP, _STEP_DOWN = 2, 1
 
 
-class Lease(Protocol):
-    """A model whose attention layers are paged for as long as this is not released."""
+def make_assistant(
+    speculation: Speculation, host: AssistantHost, model: Any, patch: Any, config: PagedConfig
+) -> Assistant:
+    """The assistant of calls with this speculation.
 
-    patch: Any  # what the step loop needs of a patch
-    position_limit: int | None
-
-    def release(self) -> None: ...
-
-
-class AssistantHost(Protocol):
-    """Patches assistant models for a time; `enable` gives the engine one."""
-
-    def borrow(self, model: nn.Module) -> Lease: ...
-
-    def problems(self, model: nn.Module) -> list[str]:
-        """Why `model` cannot be borrowed; empty when it can."""
-        ...
-
-
-class NoAssistants:
-    """For an engine that was given no host."""
-
-    def borrow(self, model: nn.Module) -> Lease:
-        raise NotImplementedError("this engine was made without a host for assistant models")
-
-    def problems(self, model: nn.Module) -> list[str]:
-        return ["this engine runs none"]
-
-
-@dataclass
-class _Shadow:
-    sequence: Sequence  # of a call of the assistant's own
-    num_known: int  # tokens the sequence had when it drafted last
-    num_tokens: float  # to draft at a time, as upstream's schedule has it
+    Args:
+        model, patch: for which it drafts.
+    """
+    if speculation.num_layers is not None:
+        short, lease = host.first_layers(model, patch, speculation.num_layers)
+        return Assistant(short, lease, SameVocabulary(chooses_adapters=True), config)
+    assistant = speculation.assistant_model
+    vocabulary: Vocabulary = SameVocabulary()
+    if speculation.tokenizers is not None:
+        own, theirs = map(own_tokenizer, speculation.tokenizers)
+        vocabulary = OtherVocabulary(own, theirs, assistant, model.get_input_embeddings().num_embeddings)
+    return Assistant(assistant, host.borrow(assistant), vocabulary, config)
 
 
 class Assistant:
@@ -75,17 +65,19 @@ class Assistant:
 
     Args:
         model: the assistant; its `generation_config` says how much to draft, as upstream reads it.
-        host: patches it.
+        lease: the patch it runs with.
+        vocabulary: whose token ids it has.
         config: block size, backend and budget of its cache, those of the engine.
     """
 
-    def __init__(self, model: nn.Module, host: AssistantHost, config: PagedConfig) -> None:
+    def __init__(self, model: nn.Module, lease: Lease, vocabulary: Vocabulary, config: PagedConfig) -> None:
         self._model = model
         self._config = config
-        self._lease = host.borrow(model)
+        self._lease = lease
+        self._vocabulary = vocabulary
         self._runtime: Runtime | None = None
         self._calls: dict[Call, Call] = {}  # of the engine -> its shadow
-        self._shadows: dict[Sequence, _Shadow] = {}
+        self._shadows: dict[Sequence, Shadow] = {}
         self._options = _Options.of(model)
         self.seconds_a_depth = 0.0
 
@@ -99,7 +91,8 @@ class Assistant:
 
     def draft(self, wanted: list[tuple[Sequence, int]]) -> dict[Sequence, BaseException]:
         runtime = self._ready()
-        counts = {self._follow(sequence): (sequence, count) for sequence, count in wanted}
+        counts = self._counts(wanted)
+        drafted = dict.fromkeys(counts, 0)
         start, depth = time.perf_counter(), 0
         failed: dict[Sequence, BaseException] = {}
         chosen, copies = self._catch_up(runtime, counts)
@@ -110,15 +103,20 @@ class Assistant:
                 sequence, count = counts[shadow]
                 if isinstance(token, BaseException):
                     failed[sequence] = token
-                elif self._take(sequence, shadow, token) and len(sequence.draft) < count:
-                    going[shadow] = 1
+                    continue
+                # As upstream's `ConfidenceCriteria` has it, an unsure token is still drafted, and the last.
+                is_sure = self._is_sure(shadow)
+                if not self._vocabulary.ends(sequence, token):
+                    shadow.token_ids.append(token)
+                    drafted[shadow] += 1
+                    if is_sure and drafted[shadow] < count:
+                        going[shadow] = 1
             chosen = going  # room was made for all of them at once
             copies = {shadow: [] for shadow in going}
-        if depth > 1 or not self.seconds_a_depth:
-            seconds = (time.perf_counter() - start) / max(1, depth)
-            self.seconds_a_depth += (_NEWEST_WEIGHT if self.seconds_a_depth else 1.0) * (
-                seconds - self.seconds_a_depth
-            )
+        for shadow, (sequence, count) in counts.items():
+            if drafted[shadow]:
+                sequence.draft = self._vocabulary.drafts(sequence, shadow, drafted[shadow])[:count]
+        self._learn_time(time.perf_counter() - start, depth)
         return failed
 
     def verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
@@ -152,33 +150,31 @@ class Assistant:
             self._runtime = Runtime(tuple(self._lease.patch.layer_geometry()), self._config)
         return self._runtime
 
+    def _counts(self, wanted: list[tuple[Sequence, int]]) -> dict[Sequence, tuple[Sequence, int]]:
+        """Shadow -> its sequence and how much to draft, for those that have a token and positions left."""
+        counts = {}
+        limit = self._lease.position_limit
+        for sequence, count in wanted:
+            shadow = self._follow(sequence)
+            most = count if limit is None else min(count, limit - shadow.num_tokens)
+            if shadow.num_tokens and most > 0:
+                counts[shadow] = sequence, most
+        return counts
+
     def _follow(self, sequence: Sequence) -> Sequence:
         """The shadow of `sequence`, with its tokens and nothing else behind them."""
         known = self._shadows.get(sequence)
         if known is None:
             call = self._calls.get(sequence.call)
             if call is None:
-                call = self._calls[sequence.call] = _shadow_call(sequence.call, self._options.threshold > 0)
-            shadow = Sequence(
-                call,
-                sequence.row,
-                list(sequence.token_ids),
-                sequence.prompt_len,
-                sequence.max_new_tokens,
-                num_pad=sequence.num_pad,
-            )
-            self._shadows[sequence] = _Shadow(shadow, sequence.num_tokens, self._options.num_tokens)
+                records = self._options.threshold > 0
+                call = self._calls[sequence.call] = self._vocabulary.call(sequence.call, records)
+            shadow = self._vocabulary.start(sequence, call)
+            self._shadows[sequence] = Shadow(shadow, sequence.num_tokens, self._options.num_tokens)
             return shadow
-        shadow, common = known.sequence, known.num_known
-        new = sequence.token_ids[common:]
-        for drafted, token in zip(shadow.token_ids[common:], new, strict=False):
-            if drafted != token:
-                break
-            common += 1
-        shadow.token_ids[common:] = sequence.token_ids[common:]
+        common, shadow = self._vocabulary.follow(sequence, known), known.sequence
         # The last token is computed again where nothing new came: its logits are needed.
-        shadow.num_computed = min(shadow.num_computed, common, shadow.num_tokens - 1)
-        shadow.call.sampling.rewind(shadow.row, common - shadow.prompt_len)
+        shadow.num_computed = max(0, min(shadow.num_computed, common, shadow.num_tokens - 1))
         known.num_known = sequence.num_tokens
         return shadow
 
@@ -233,16 +229,15 @@ class Assistant:
         with ambient.enter():
             return list(zip(sampled, runtime.sampler.sample(logits, sampled), strict=True))
 
-    def _take(self, sequence: Sequence, shadow: Sequence, token: int) -> bool:
-        """Puts a token on the draft. Returns whether to draft on."""
+    def _is_sure(self, shadow: Sequence) -> bool:
+        """Of the token it has just drafted."""
         records = shadow.call.sampling.token_logprobs[shadow.row]
-        sure = not records or math.exp(records.pop().logprob) >= self._options.threshold
-        if token in sequence.call.sampling.eos_token_ids:
-            return False
-        shadow.token_ids.append(token)
-        sequence.draft.append(token)
-        # As upstream's `ConfidenceCriteria` has it, an unsure token is still drafted, and the last.
-        return sure
+        return not records or math.exp(records.pop().logprob) >= self._options.threshold
+
+    def _learn_time(self, seconds: float, depth: int) -> None:
+        if depth > 1 or not self.seconds_a_depth:
+            weight = _NEWEST_WEIGHT if self.seconds_a_depth else 1.0
+            self.seconds_a_depth += weight * (seconds / max(1, depth) - self.seconds_a_depth)
 
 
 @dataclass
@@ -273,19 +268,3 @@ class _Options:
         """A sequence ended with this many tokens at a time: one schedule starts there with the next call."""
         if self.schedule == "heuristic":
             model.generation_config.num_assistant_tokens = int(num_tokens)
-
-
-def _shadow_call(call: Call, records_confidence: bool) -> Call:
-    """A call whose tokens are chosen as those of `call` will be: same processors, same random numbers."""
-    spec: SamplingSpec = call.sampling
-    return Call(
-        sampling=SamplingSpec(
-            prompt_ids=spec.prompt_ids,
-            processors=list(spec.processors),
-            do_sample=spec.do_sample,
-            draws=None if spec.draws is None else PeekedDraws(spec.draws),
-            logprobs=0 if records_confidence else None,
-        ),
-        ambient=call.ambient,
-        namespace=None,
-    )

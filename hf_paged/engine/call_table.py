@@ -14,7 +14,8 @@ from torch import nn
 
 from hf_paged.config import PagedConfig
 from hf_paged.engine.adapter_gate import AdapterGate
-from hf_paged.engine.assistant import Assistant, AssistantHost, NoAssistants
+from hf_paged.engine.assistant import make_assistant
+from hf_paged.engine.assistant_host import AssistantHost, NoAssistants
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
 from hf_paged.engine.runtime import Runtime
 from hf_paged.engine.speculation import Speculator
@@ -57,7 +58,9 @@ class CallTable:
         self.calls: dict[Call, None] = {}
         self.attended: set[Call] = set()  # lockstep calls whose callers choose tokens now
         self.assistants: AssistantHost = NoAssistants()  # set by `enable`
-        self.speculator = Speculator(lambda model: Assistant(model, self.assistants, config))
+        self.speculator = Speculator(
+            lambda speculation: make_assistant(speculation, self.assistants, self.model, patch, config)
+        )
         self.guard = WeightsGuard()
         self.gate: AdapterGate | None = None  # set where the number of adapters in the model is bounded
         self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,10 +35,24 @@ class Drafter(Protocol):
 
 @dataclass(eq=False)
 class Speculation:
-    """How tokens are drafted for the rows of a call (`Call.speculation`): by a drafter of its own, or by a model."""
+    """How tokens are drafted for the rows of a call (`Call.speculation`): by a drafter of its own, or by a model.
+
+    Calls with equal `assistant_key` share one drafter.
+    """
 
     drafter: Drafter | None = None
     assistant_model: Any = None
+    tokenizers: tuple[Any, Any] | None = None  # of the model and of an assistant that has another one
+    num_layers: int | None = None  # early exit: the model itself drafts, with its first layers
+
+    @property
+    def assistant_key(self) -> Hashable:
+        """Of the drafter that a model is; None where it is none."""
+        if self.num_layers is not None:
+            return self.num_layers
+        if self.assistant_model is None:
+            return None
+        return id(self.assistant_model), *map(id, self.tokenizers or ())  # all held by the call
 
 
 @dataclass

@@ -21,7 +21,7 @@ from hf_paged.config import PagedConfig
 from hf_paged.engine.adapter_gate import AdapterGate
 from hf_paged.engine.adapters import AdapterHost, Selection
 from hf_paged.engine.ambient import Ambient
-from hf_paged.engine.assistant import AssistantHost
+from hf_paged.engine.assistant_host import AssistantHost
 from hf_paged.engine.crank import Crank, Until
 from hf_paged.engine.groups import most_blocks
 from hf_paged.engine.loop import StepLoop

@@ -16,7 +16,7 @@ random number (Daliri et al., 2024, arXiv 2408.07978).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -39,13 +39,14 @@ class Speculator:
     """Drafts before a step and learns from what became of it.
 
     Args:
-        make_assistant: the drafter that runs an assistant model; its `close` takes everything back.
+        make_assistant: the drafter of an assistant model, or of the model's first layers; its `close` takes everything
+            back.
     """
 
-    def __init__(self, make_assistant: Callable[[Any], Any]) -> None:
+    def __init__(self, make_assistant: Callable[[Speculation], Any]) -> None:
         self.policy = DraftPolicy()
         self._make_assistant = make_assistant
-        self._assistants: dict[int, tuple[Any, set[Call]]] = {}  # by id of the model, which the calls hold
+        self._assistants: dict[Hashable, tuple[Any, set[Call]]] = {}  # by `Speculation.assistant_key`
         self._calls: set[Call] = set()
         self._drafting_seconds = 0.0
         self._rest = self._num_rests = 0  # steps without drafting after one in which nothing was worth it
@@ -57,10 +58,9 @@ class Speculator:
         speculation: Speculation | None = call.speculation
         if speculation is None:
             return
-        if speculation.assistant_model is not None:
-            key = id(speculation.assistant_model)
+        if (key := speculation.assistant_key) is not None:
             if key not in self._assistants:
-                self._assistants[key] = (self._make_assistant(speculation.assistant_model), set())
+                self._assistants[key] = (self._make_assistant(speculation), set())
             speculation.drafter, users = self._assistants[key]
             users.add(call)
         for sequence in call.sequences:

@@ -33,7 +33,7 @@ _POSITIONAL = (
     "prefix_allowed_tokens_fn",
 )
 #: Early reasons after which upstream's preparation is not the one that would run, or does work of its own.
-_NO_PREPARATION = frozenset({"foreign_generate", "custom_generate", "token_healing", "cache_implementation"})
+_NO_PREPARATION = frozenset({"foreign_generate", "custom_generate", "cache_implementation"})
 
 
 def paged_generate(
@@ -163,7 +163,7 @@ def _decode(
     generator = default_generator(prepared.input_ids.device) if prepared.config.do_sample else None
     state = None if generator is None else generator.get_state()
     try:
-        return _run(engine, prepared)
+        return _run(model, engine, prepared)
     except EntangledBeams:
         engine.counters.native_calls -= 1  # it was not one after all
         if generator is not None and state is not None:
@@ -189,8 +189,11 @@ def _run_fallback(model: GenerativeModel, engine: PagedEngine, prepared: Prepare
             config.num_hidden_layers = layers
 
 
-def _run(engine: PagedEngine, prepared: Prepared) -> Any:
+def _run(model: GenerativeModel, engine: PagedEngine, prepared: Prepared) -> Any:
     call = build_call(engine, prepared, select_rows(engine, prepared))
+    if prepared.config.compile_config is not None:
+        # Never met with a dynamic cache: upstream says so, as here, and goes on.
+        model._valid_auto_compile_criteria(prepared.model_kwargs, prepared.config)
     engine.count_native()
     try:
         records = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -108,12 +109,19 @@ def early_reasons(
         fill(cache)
     elif cache is not None and type(cache) is not DynamicCache:
         found.append(reason("past_key_values", type(cache).__name__))
-    # Healing calls generate itself; "paged" is rerouted before any decoding loop.
-    healing, cache = (_option(model, kwargs, given, n) for n in ("token_healing", "cache_implementation"))
-    if healing:
-        found.append(reason("token_healing"))
-    if cache == "paged":
+    # Rerouted before any decoding loop.
+    if _option(model, kwargs, given, "cache_implementation") == "paged":
         found.append(reason("cache_implementation", "'paged'"))
+    return found
+
+
+def request_reasons(
+    model: GenerativeModel, replaced: Any, engine: PagedEngine, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[FallbackReason]:
+    """`early_reasons` of requests: a preparation may serve several, and must not generate itself."""
+    found = early_reasons(model, replaced, engine, args, kwargs)
+    if _option(model, kwargs, functools.partial(argument, model, args, kwargs), "token_healing"):
+        found.append(reason("token_healing"))
     return found
 
 
@@ -173,8 +181,6 @@ def _mode_reasons(prepared: Prepared, attended: bool) -> Iterator[FallbackReason
         yield reason("streamer")
     if prepared.synced_gpus:
         yield reason("synced_gpus")
-    if prepared.config.is_assistant:
-        yield reason("is_assistant")
 
 
 def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
@@ -186,8 +192,6 @@ def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
     for name in ("cache_config", "max_cache_len"):
         if getattr(config, name, None) is not None:
             yield reason("cache_implementation", name)
-    if config.compile_config is not None:
-        yield reason("compile_config")
     chunk = config.prefill_chunk_size
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         yield reason("prefill_chunk_size", repr(chunk))

@@ -15,7 +15,7 @@ from transformers.generation import logits_process as upstream
 from transformers.generation import stopping_criteria
 
 from hf_paged.errors import InvalidRequestError
-from hf_paged.generation.checks import early_reasons, late_reasons
+from hf_paged.generation.checks import late_reasons, request_reasons
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.input_checks import length_reasons
 from hf_paged.generation.prepared import Prepared, prepare
@@ -108,7 +108,7 @@ class RequestPreparer:
         self._model = model
         self._engine = engine
         self._kwargs = dict(kwargs)
-        self._early = tuple(early_reasons(model, None, engine, (), kwargs))
+        self._early = tuple(request_reasons(model, None, engine, (), kwargs))
         #: By the config's other options, `max_new_tokens` and prompt length; None: for every limit and length.
         self._shared: dict[tuple[Hashable, int | None, int | None], Prepared] = {}
 

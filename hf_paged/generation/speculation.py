@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_paged.engine.drafting import Speculation
 from hf_paged.engine.prompt_lookup import PromptLookup
@@ -26,38 +26,45 @@ def speculation_reasons(engine: PagedEngine, prepared: Prepared) -> Iterator[Fal
         return reason("assisted_decoding", detail)
 
     if config.assistant_early_exit is not None:
-        yield assisted("assistant_early_exit")
+        layers = config.assistant_early_exit
+        if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+            yield assisted(f"assistant_early_exit={layers!r}")
     elif config.prompt_lookup_num_tokens is not None:
-        for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
-            value = getattr(config, name)
-            if name == "max_matching_ngram_size" and not value:
-                continue
-            if not isinstance(value, int) or value < 1:
-                yield assisted(f"{name}={value!r}")
-        if getattr(config, "assistant_ensemble_weight", None) is not None:
-            yield assisted("assistant_ensemble_weight with prompt lookup")
+        yield from map(assisted, _lookup_problems(config))
     elif getattr(config, "use_mtp", None):
         yield assisted("use_mtp")
     elif assistant is not None:
         if getattr(config, "speculation_type", None) is not None:
             yield assisted(f"speculation_type={config.speculation_type!r}")
-        # Relaxes which tokens are right, so that they depend on how many are drafted.
-        if getattr(config, "assistant_ensemble_weight", None) is not None:
-            yield assisted("assistant_ensemble_weight")
-        if arguments.get("assistant_tokenizer") is not None:
-            yield assisted("assistant_tokenizer: the assistant has another vocabulary")
-        else:
-            for text in engine.assistant_problems(assistant):
-                yield assisted(f"assistant_model: {text}")
+        for text in engine.assistant_problems(assistant):
+            yield assisted(f"assistant_model: {text}")
+    # It relaxes which tokens are right, so that they depend on how many are drafted.
+    if getattr(config, "assistant_ensemble_weight", None) is not None:
+        yield assisted("assistant_ensemble_weight")
+
+
+def _lookup_problems(config: Any) -> Iterator[str]:
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        value = getattr(config, name)
+        if name == "max_matching_ngram_size" and not value:
+            continue
+        if not isinstance(value, int) or value < 1:
+            yield f"{name}={value!r}"
 
 
 def speculation_of(prepared: Prepared) -> Speculation | None:
     """How tokens are drafted for a prepared call that has no reason to fall back; None for a plain one."""
     if prepared.method != METHOD:
         return None
-    config = prepared.config
+    config, arguments = prepared.config, prepared.model_kwargs
+    if config.assistant_early_exit is not None:
+        return Speculation(num_layers=config.assistant_early_exit)
     if config.prompt_lookup_num_tokens is None:
-        return Speculation(assistant_model=prepared.model_kwargs["assistant_model"])
+        tokenizers = arguments.get("tokenizer"), arguments.get("assistant_tokenizer")
+        return Speculation(
+            assistant_model=arguments["assistant_model"],
+            tokenizers=None if None in tokenizers else tokenizers,  # as upstream has it
+        )
     eos = config._eos_token_tensor
     return Speculation(
         PromptLookup(

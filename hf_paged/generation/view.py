@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeAlias
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from hf_paged.generation.config_memo import remembering
+from hf_paged.generation.quiet import is_quiet
 
 #: A `PreTrainedModel` that is a `GenerationMixin` too: upstream has no type that says both.
 GenerativeModel: TypeAlias = Any
@@ -128,6 +129,16 @@ def _without_cache(method: Callable[..., Any]) -> Callable[..., Any]:
     return prepare
 
 
+def _unless_looked_at(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves prompts as they are where a preparation is only looked at: to heal them the model generates."""
+
+    @functools.wraps(method)
+    def heal(self: Any, input_ids: Any, tokenizer: Any = None) -> Any:
+        return input_ids if is_quiet() and tokenizer is not None else method(self, input_ids, tokenizer)
+
+    return heal
+
+
 @functools.lru_cache(maxsize=64)
 def view_class(cls: type) -> type:
     """The class of views of models whose class is `cls`: its subclass, with its name."""
@@ -147,6 +158,7 @@ def view_class(cls: type) -> type:
     merge = getattr(cls, "_prepare_generation_config", None)
     if merge is not None and merge.__module__ == "transformers.generation.utils":
         namespace["_prepare_generation_config"] = remembering(merge)
+    namespace["heal_tokens"] = _unless_looked_at(getattr(cls, "heal_tokens"))  # noqa: B009 - mypy knows no mixin here
     hub_mode = getattr(cls, "_get_deprecated_gen_repo", None)
     if hub_mode is not None:
         namespace["_get_deprecated_gen_repo"] = _hub_mode_guard(hub_mode)

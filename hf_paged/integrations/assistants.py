@@ -10,7 +10,8 @@ from typing import Any
 from hf_paged.engine import registry
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.patches import registry as patches
-from hf_paged.patches.apply import AppliedPatch, apply
+from hf_paged.patches.apply import AppliedPatch, LayerGeometry, apply
+from hf_paged.patches.first_layers import first_layers
 
 _lock = threading.RLock()
 _applied: weakref.WeakKeyDictionary[Any, _Shared] = weakref.WeakKeyDictionary()
@@ -53,8 +54,32 @@ class AssistantLease:
                 del _applied[model]
 
 
+class FirstLayersLease:
+    """The patch of an enabled model, as far as its first layers go."""
+
+    def __init__(self, model: Any, patch: AppliedPatch, num_layers: int) -> None:
+        self.position_limit = patch.spec.position_limit(model)
+        self.patch = _FirstLayersPatch(patch, num_layers)
+
+    def release(self) -> None:
+        """The patch stays: it is the model's."""
+
+
+class _FirstLayersPatch:
+    def __init__(self, patch: AppliedPatch, num_layers: int) -> None:
+        self._patch = patch
+        self._num_layers = num_layers
+        self.owner = patch.owner
+
+    def layer_geometry(self) -> list[LayerGeometry]:
+        return self._patch.layer_geometry()[: self._num_layers]
+
+
 class Assistants:
     """What an engine asks about assistant models."""
+
+    def first_layers(self, model: Any, patch: Any, num_layers: int) -> tuple[Any, FirstLayersLease]:
+        return first_layers(model, patch.spec, num_layers), FirstLayersLease(model, patch, num_layers)
 
     def borrow(self, model: Any) -> AssistantLease:
         return AssistantLease(model)

@@ -19,7 +19,7 @@ from hf_paged.engine.draws import SeededDraws
 from hf_paged.engine.namespaces import Namespaces
 from hf_paged.errors import InvalidRequestError
 from hf_paged.generation.adapters import select_rows
-from hf_paged.generation.checks import early_reasons, late_reasons
+from hf_paged.generation.checks import late_reasons, request_reasons
 from hf_paged.generation.client import fresh_seed
 from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.prepared import Prepared
@@ -92,7 +92,7 @@ class BatchRequests:
     def reasons(self) -> list[FallbackReason]:
         """Why requests of this configuration cannot be the engine's, whatever their prompts."""
         config = self._config_for(1, self._config.eos_token_id, {})
-        found = early_reasons(self._model, None, self._engine, (), {"generation_config": config})
+        found = request_reasons(self._model, None, self._engine, (), {"generation_config": config})
         for name in _PASSED_OVER:
             if getattr(self._config, name, None) is not None:
                 found.append(FallbackReason(name, f"generate_batch does not know {name}"))

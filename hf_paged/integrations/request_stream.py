@@ -24,7 +24,7 @@ from hf_paged.engine.namespaces import Namespaces
 from hf_paged.engine.sampling import unsupported
 from hf_paged.generation.adapters import select_rows
 from hf_paged.generation.backend import paged_generate
-from hf_paged.generation.checks import early_reasons, late_reasons
+from hf_paged.generation.checks import late_reasons, request_reasons
 from hf_paged.generation.client import fresh_seed
 from hf_paged.generation.deferred import taken_by
 from hf_paged.generation.fallback import FallbackReason, reason
@@ -219,7 +219,7 @@ class RequestStream:
     def _prepare(
         self, model: GenerativeModel, replaced: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Prepared | None, list[FallbackReason]]:
-        reasons = early_reasons(model, replaced, self._engine, args, kwargs)
+        reasons = request_reasons(model, replaced, self._engine, args, kwargs)
         if reasons or kwargs.get("adapter_names") is not None:  # upstream's preparation does not know them
             return None, reasons
         try:

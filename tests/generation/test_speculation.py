@@ -66,6 +66,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drafts_of(kind: str, family: str) -> dict[str, Any]:
+    if kind == "early exit":
+        return {"assistant_early_exit": 1}
     return LOOKUP if kind == "lookup" else {"assistant_model": assistant_of(family)}
 
 
@@ -86,7 +88,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["lookup", "assistant"])
+@pytest.mark.parametrize("kind", ["lookup", "assistant", "early exit"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "lengths", [(9,), (3, 9, 20, 1), (12, 1, 30, 7, 5, 16, 17, 2, 4, 8, 15, 31, 33, 3, 6, 10)]
@@ -121,7 +123,7 @@ def test_zz_ties_are_rare() -> None:
     TALLY.check()
 
 
-@pytest.mark.parametrize("kind", ["lookup", "assistant"])
+@pytest.mark.parametrize("kind", ["lookup", "assistant", "early exit"])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_returned_scores_logits_and_cache(kind: str, do_sample: bool, eager: None) -> None:
     plain, enabled = plain_model("llama"), make_model("llama")
@@ -363,7 +365,8 @@ def test_an_assistant_that_raises_fails_its_calls_and_no_other(
 
 
 FALLING_BACK: dict[str, dict[str, Any]] = {
-    "assistant_early_exit": {"assistant_early_exit": 1},
+    "assistant_early_exit=0": {"assistant_early_exit": 0},
+    "assistant_ensemble_weight": {"assistant_early_exit": 1, "assistant_ensemble_weight": 0.5},
     "prompt_lookup_num_tokens=0": {"prompt_lookup_num_tokens": 0},
     "assistant_model": {"assistant_model": "hooked"},
 }

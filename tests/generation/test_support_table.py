@@ -97,7 +97,7 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
         "synced_gpus": [{"synced_gpus": False}, {"synced_gpus": True}],
         "assistant_model": [
             {"assistant_model": model},
-            {"assistant_model": model, "assistant_early_exit": 1},
+            {"assistant_model": model, "assistant_ensemble_weight": 0.5},
         ],
         "streamer": [{"streamer": TextStreamer(tokenizer)}],
         "negative_prompt_ids": [{"negative_prompt_ids": IDS}],
@@ -173,7 +173,7 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
         "assistant_confidence_threshold": [{"assistant_confidence_threshold": 0.3, "assistant_model": model}],
         "prompt_lookup_num_tokens": [{"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 0}],
         "max_matching_ngram_size": [{"max_matching_ngram_size": 3, "prompt_lookup_num_tokens": 3}],
-        "assistant_early_exit": [{"assistant_early_exit": 1}],
+        "assistant_early_exit": [{"assistant_early_exit": 1}, {"assistant_early_exit": 0}],
         "assistant_lookbehind": [{"assistant_lookbehind": 3}],
         "target_lookbehind": [{"target_lookbehind": 3}],
         "assistant_ensemble_weight": [
