@@ -15,6 +15,19 @@ from tests.kernels.triton_support import DEVICE
 PLACES = [(0, 0, 0, 0), (-5, 2**65 + 3, 9, 1000), (2**63, 2**63 + 1, 1, 7), (12345, 6, 2, 2**40)]
 
 
+def made_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on on any device. Returns the numbers of rows of its launches."""
+    counted: list[int] = []
+
+    def counting(rows: torch.Tensor, vocab: int) -> torch.Tensor:
+        counted.append(len(rows))
+        return seeded_uniform(rows, vocab)
+
+    monkeypatch.setattr(draws, "makes_on_device", lambda device: True)
+    monkeypatch.setattr("hf_paged.kernels.triton_seeded_uniform.seeded_uniform", counting)
+    return counted
+
+
 @pytest.mark.parametrize("vocab", [1, 7, 300])
 def test_uniforms_are_numpys_bit_for_bit(vocab):
     rows = [SeededDraws(seed, index).place(row, t) for seed, index, row, t in PLACES]
@@ -26,16 +39,20 @@ def test_uniforms_are_numpys_bit_for_bit(vocab):
         assert np.array_equal(found, bits.astype(np.float32) * np.float32(2.0**-32))
 
 
-def test_variates_are_the_hosts():
+def test_variates_are_the_hosts(monkeypatch):
     places = [(SeededDraws(seed, index), row, t) for seed, index, row, t in PLACES]
+    host = torch.device("cpu")
+    expected = [stream.exponential([row], t, 100, torch.float32, host)[0] for stream, row, t in places]
+    launched = made_by_the_kernel(monkeypatch)
     actual = seeded_exponential(places, 100, torch.float32, DEVICE).cpu()
-    for found, (stream, row, t) in zip(actual, places, strict=True):
-        expected = stream.exponential([row], t, 100, torch.float32, torch.device("cpu"))[0]
-        torch.testing.assert_close(found, expected, rtol=3e-7, atol=0)
+    assert launched == [len(PLACES)]
+    for found, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=3e-7, atol=0)
     assert (actual > 0).all()
 
 
 def test_the_smallest_and_largest_bits_are_finite(monkeypatch):
+    made_by_the_kernel(monkeypatch)
     edges = torch.tensor([[0.0, 1.0, 2.0**-32]])
     monkeypatch.setattr("hf_paged.kernels.triton_seeded_uniform.seeded_uniform", lambda rows, vocab: edges)
     variates = seeded_exponential([(SeededDraws(0), 0, 0)], 3, torch.float32, torch.device("cpu"))
@@ -55,15 +72,8 @@ def test_samples_are_the_same_wherever_variates_are_made(monkeypatch):
             results = hf_paged.generate_many(model, prompts, max_new_tokens=3, do_sample=True, top_k=20)
         return [r.token_ids for r in results]
 
-    on_host, counted, uniform = sampled(), [], seeded_uniform
-
-    def counting(rows, vocab):
-        counted.append(len(rows))
-        return uniform(rows, vocab)
-
-    for module in ("draws", "sampler"):
-        monkeypatch.setattr(f"hf_paged.engine.{module}.makes_on_device", lambda device: True)
-    monkeypatch.setattr("hf_paged.kernels.triton_seeded_uniform.seeded_uniform", counting)
+    on_host = sampled()
+    counted = made_by_the_kernel(monkeypatch)
     assert sampled() == on_host
     assert counted[0] == 3  # the rows of all calls of a step in one launch
 
