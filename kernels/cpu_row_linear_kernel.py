@@ -12,25 +12,19 @@ __all__ = ["linear_across", "linear_along", "scratch_size"]
 
 #: Rows of x that stay in the second cache while all weights go by, and bytes they may take.
 _ROWS, _CHUNK_BYTES = 64, 384 * 1024
-_LINE = 64  # bytes of a cache line
 #: Columns of a tile across N, and rows of weights gone through before the next tile of rows.
-_MANY, _VECTORS = 6, 4
-_WIDTH, _DEPTH = _VECTORS * LANES, 512
+_WIDTH, _DEPTH = 4 * LANES, 512
 _ZERO = np.float32(0)
 
 _along_4x4, _along_1x4 = add_along(4, 4), add_along(1, 4)
 _along_4x1, _along_1x1 = add_along(4, 1), add_along(1, 1)
-_many_0, _many_1, _many_2 = (add_across(_MANY, _VECTORS, lines) for lines in (0, 1, 2))
-_across_4, _across_1 = add_across(4, _VECTORS, 1), add_across(1, _VECTORS)
-_first_1of4, _first_2of4, _first_4of4 = (add_across(_MANY, _VECTORS, lines, copies=True) for lines in (1, 2, 4))
-_first_4, _first_1 = add_across(4, _VECTORS, 4, copies=True), add_across(1, _VECTORS, 4, copies=True)
+_across_4x4, _across_1x4 = add_across(4, 4), add_across(1, 4)
 _across_4x1, _across_1x1 = add_across(4, 1), add_across(1, 1)
-
 
 
 def scratch_size(size: int) -> int:
     """Float32 numbers each part works in, for rows of `size`: sums, then a copy of the last columns."""
-    return _ROWS * _WIDTH + _DEPTH * LANES + _DEPTH * _WIDTH
+    return _ROWS * _WIDTH + _DEPTH * LANES
 
 
 @helper()
@@ -114,56 +108,31 @@ def _add_vector(x, x_stride, w, w_stride, count, sums, rows, tag):
     """sums[m, c] += x[m, k] * w[k, c] for `count` k, all rows and LANES columns."""
     m = 0
     while m + 4 <= rows:
-        _across_4x1(x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, 0, 0, 0, tag)
+        _across_4x1(x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag)
         m += 4
     while m < rows:
-        _across_1x1(x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, 0, 0, 0, tag)
+        _across_1x1(x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag)
         m += 1
 
 
 @helper()
-def _add_columns(x, x_stride, w, w_stride, count, sums, rows, columns, edge, copy, ahead, tag):
+def _add_columns(x, x_stride, w, w_stride, count, sums, rows, columns, edge, tag):
     """sums[m, c] += x[m, k] * w[k, c] for `count` k, all rows and up to `_WIDTH` columns.
 
     Columns beyond the last whole vector are copied to `edge`; what lies beyond them there is anything.
     """
     if columns == _WIDTH:
-        passes = rows // _MANY + rows % _MANY // 4 + rows % _MANY % 4
-        # All passes share in asking for what comes next, so that memory is busy all the time.
-        share = 4 if passes == 1 else 2 if passes <= 3 else 1
-        stride = w_stride * item_bytes(tag) // 4
-        if rows >= _MANY:
-            m = _MANY
-            if share == 4:
-                _first_4of4(x, x_stride, w, w_stride, count, sums, _WIDTH, copy, ahead, w_stride, tag)
-            elif share == 2:
-                _first_2of4(x, x_stride, w, w_stride, count, sums, _WIDTH, copy, ahead, w_stride, tag)
-            else:
-                _first_1of4(x, x_stride, w, w_stride, count, sums, _WIDTH, copy, ahead, w_stride, tag)
-        elif rows >= 4:
-            m, share = 4, 4
-            _first_4(x, x_stride, w, w_stride, count, sums, _WIDTH, copy, ahead, w_stride, tag)
-        else:
-            m, share = 1, 4
-            _first_1(x, x_stride, w, w_stride, count, sums, _WIDTH, copy, ahead, w_stride, tag)
-        asked = share
+        m = 0
+        while m + 4 <= rows:
+            _across_4x4(
+                x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag
+            )
+            m += 4
         while m < rows:
-            source, target, place = x + 4 * m * x_stride, sums + 4 * m * _WIDTH, ahead + asked * _LINE
-            if rows - m >= _MANY:
-                if asked >= 4:
-                    _many_0(source, x_stride, copy, _WIDTH, count, target, _WIDTH, 0, place, stride, _ZERO)
-                elif share == 1 :
-                    _many_1(source, x_stride, copy, _WIDTH, count, target, _WIDTH, 0, place, stride, _ZERO)
-                else:
-                    _many_2(source, x_stride, copy, _WIDTH, count, target, _WIDTH, 0, place, stride, _ZERO)
-                m += _MANY
-            elif rows - m >= 4:
-                _across_4(source, x_stride, copy, _WIDTH, count, target, _WIDTH, 0, place, stride, _ZERO)
-                m += 4
-            else:
-                _across_1(source, x_stride, copy, _WIDTH, count, target, _WIDTH, 0, place, stride, _ZERO)
-                m += 1
-            asked += share
+            _across_1x4(
+                x + 4 * m * x_stride, x_stride, w, w_stride, count, sums + 4 * m * _WIDTH, _WIDTH, tag
+            )
+            m += 1
         return
     size = item_bytes(tag)
     whole = columns // LANES * LANES
@@ -195,7 +164,6 @@ def linear_across(tag):
         rows, width, size = argument(arguments, 7), argument(arguments, 8), argument(arguments, 9)
         sums = argument(arguments, 10) + 4 * index * argument(arguments, 11)
         edge = sums + 4 * _ROWS * _WIDTH
-        copy = edge + 4 * _DEPTH * LANES
         tiles = (width + _WIDTH - 1) // _WIDTH
         begin, end = _WIDTH * (tiles * index // bins), min(width, _WIDTH * (tiles * (index + 1) // bins))
         for chunk in range(0, rows, _ROWS):
@@ -207,8 +175,6 @@ def linear_across(tag):
                 for k in range(0, size, _DEPTH):
                     source = x + 4 * (chunk * x_stride + k)
                     part = w + (k * w_stride + n) * item_bytes(tag)
-                    # The next rows of these columns, or the first of the next columns.
-                    ahead = part + (_DEPTH * w_stride if k + _DEPTH < size else _WIDTH - k * w_stride) * item_bytes(tag)
                     _add_columns(
                         source,
                         x_stride,
@@ -219,8 +185,6 @@ def linear_across(tag):
                         count,
                         columns,
                         edge,
-                        copy,
-                        ahead,
                         tag,
                     )
                 for m in range(count):

@@ -23,7 +23,6 @@ from numba.extending import intrinsic
 __all__ = ["LANES", "add_across", "add_along", "add_pairs_across", "add_pairs_along", "fma", "pair_columns"]
 
 LANES = 16
-_LINE = 64  # bytes of a cache line
 _F32, _F16 = ir.FloatType(), ir.HalfType()
 _I64, _I32, _I16 = ir.IntType(64), ir.IntType(32), ir.IntType(16)
 _VECTOR, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
@@ -58,24 +57,16 @@ def add_along(rows: int, columns: int) -> Callable[..., Any]:
     return tile
 
 
-def add_across(rows: int, vectors: int, lines: int = 0, *, copies: bool = False) -> Callable[..., Any]:
+def add_across(rows: int, vectors: int) -> Callable[..., Any]:
     """`sums[r, c] += x[r, k] * w[k, c]` for k = 0 to count, of that many rows and vectors of columns.
 
-    Beside each k, `lines` cache lines from `ahead + k * ahead_stride` on are asked for: weights that come next. Each of
-    their k is in another page of memory, which processors do not foresee.
-
-    Addresses: x, sums and copy of float32, w and ahead of `tag`; strides in numbers.
-
-    Args:
-        copies: w goes to `copy` too, float32 [count, vectors * LANES], for the rows after these.
+    Addresses: x and sums of float32, w of `tag`; strides in numbers.
     """
 
     @intrinsic
-    def tile(
-        typing_context, x, x_stride, w, w_stride, count, sums, sums_stride, copy, ahead, ahead_stride, tag
-    ):
+    def tile(typing_context, x, x_stride, w, w_stride, count, sums, sums_stride, tag):
         def generate(context, builder, signature, args):
-            x, x_stride, w, w_stride, count, sums, sums_stride, copy, ahead, ahead_stride, _tag = args
+            x, x_stride, w, w_stride, count, sums, sums_stride, _tag = args
             sources = [_step(builder, x, x_stride, r, 4) for r in range(rows)]
             places = [
                 _pointer(
@@ -89,17 +80,10 @@ def add_across(rows: int, vectors: int, lines: int = 0, *, copies: bool = False)
             totals = [cgutils.alloca_once_value(builder, builder.load(place, align=4)) for place in places]
             with cgutils.for_range(builder, count) as loop:
                 line = _step(builder, w, builder.mul(loop.index, w_stride), 1, _bytes(tag))
-                if lines:
-                    _prefetch(builder, _step(builder, ahead, builder.mul(loop.index, ahead_stride), 1, _bytes(tag)), lines)
                 ws = [
                     _load(builder, _step(builder, line, _I64(LANES), v, _bytes(tag)), LANES, tag)
                     for v in range(vectors)
                 ]
-                if copies:
-                    start = _step(builder, copy, loop.index, vectors * LANES, 4)
-                    for v, vector in enumerate(ws):
-                        place = _pointer(builder, _step(builder, start, _I64(LANES), v, 4), _VECTOR)
-                        builder.store(vector, place, align=4)
                 for r, source in enumerate(sources):
                     number = _load(builder, _step(builder, source, loop.index, 1, 4), 1, types.float32)
                     xs = _splat(builder, number)
@@ -110,7 +94,7 @@ def add_across(rows: int, vectors: int, lines: int = 0, *, copies: bool = False)
                 builder.store(builder.load(total), place, align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10, tag), generate
+        return types.void(*[types.int64] * 7, tag), generate
 
     return tile
 
@@ -233,16 +217,6 @@ def _load(builder: Any, address: Any, lanes: int, tag: Any) -> Any:
     bits = builder.zext(builder.load(_pointer(builder, address, of(_I16)), align=2), of(_I32))
     shift = ir.Constant(of(_I32), [16] * lanes if lanes > 1 else 16)
     return builder.bitcast(builder.shl(bits, shift), of(_F32))
-
-
-def _prefetch(builder: Any, address: Any, lines: Any) -> None:
-    """Asks for that many lines of memory, which need not exist, to be brought to the second cache."""
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    for i in range(lines):
-        place = builder.inttoptr(builder.add(address, _I64(i * _LINE)), byte)
-        builder.call(function, [place, _I32(0), _I32(2), _I32(1)])  # to read, second cache, data
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
