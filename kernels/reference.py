@@ -109,7 +109,7 @@ def copy_blocks(
     """See `hf_paged.kernels.ops.copy_blocks`."""
     for blocks in (k_cache, v_cache, k_scales, v_scales):
         if blocks is not None:
-            blocks[dst] = blocks[src]
+            blocks.index_copy_(0, dst, blocks.index_select(0, src))
 
 
 def gather_sequence(

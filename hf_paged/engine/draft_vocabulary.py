@@ -118,7 +118,7 @@ class OtherVocabulary:
     """The assistant has a tokenizer of its own. It drafts greedily: its scores mean nothing to the call's processors.
 
     Args:
-        tokenizer, assistant_tokenizer: copies that nobody else uses, see `own_tokenizer`.
+        tokenizer, assistant_tokenizer: copies that only engines use, see `own_tokenizer`.
         assistant: whose `generation_config` says how far texts overlap and what ends them.
         vocab_size: token ids the model knows; a tokenizer may have more.
     """
@@ -142,13 +142,13 @@ class OtherVocabulary:
         return Call(sampling=spec, ambient=call.ambient, namespace=None)
 
     def start(self, sequence: Sequence, call: Call) -> Sequence:
-        ids = self._encode(self._theirs, self._text(sequence, 0), special=True)
+        ids = self._encode_theirs(self._text(sequence, 0), special=True)
         return Sequence(call, sequence.row, ids, len(ids), sequence.max_new_tokens)
 
     def follow(self, sequence: Sequence, shadow: Shadow) -> int:
         self._settle(sequence, shadow)
         text = self._text(sequence, shadow.anchor)
-        ids = shadow.settled + self._encode(self._theirs, text, special=not shadow.anchor)
+        ids = shadow.settled + self._encode_theirs(text, special=not shadow.anchor)
         common = _num_equal(shadow.sequence.token_ids, ids)
         shadow.sequence.token_ids[:] = ids
         return common
@@ -163,9 +163,9 @@ class OtherVocabulary:
             return []
         for width in range(min(self._lookbehind, sequence.num_tokens), -1, -1):
             window = sequence.token_ids[sequence.num_tokens - width :]
-            ids = self._encode(self._tokenizer, _decode(self._tokenizer, window) + text, special=False)
+            ids = _encode(self._tokenizer, _decode(self._tokenizer, window) + text, special=False)
             if ids[:width] == window:  # as a rule at once; with no window always
-                return self._known(ids[width:], self._vocab_size)
+                return _known(ids[width:], self._vocab_size)
         return []
 
     def _settle(self, sequence: Sequence, shadow: Shadow) -> None:
@@ -176,20 +176,14 @@ class OtherVocabulary:
         text = _text_after(self._tokenizer, sequence.token_ids[:end], shadow.anchor, self._lookbehind)
         if text.endswith(_INCOMPLETE):
             return
-        shadow.settled = shadow.settled + self._encode(self._theirs, text, special=not shadow.anchor)
+        shadow.settled = shadow.settled + self._encode_theirs(text, special=not shadow.anchor)
         shadow.anchor = end
 
     def _text(self, sequence: Sequence, start: int) -> str:
         return _text_after(self._tokenizer, sequence.token_ids, start, self._lookbehind)
 
-    def _encode(self, tokenizer: Any, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-        return ids if tokenizer is self._tokenizer else self._known(ids, self._their_vocab_size)
-
-    @staticmethod
-    def _known(ids: list[int], vocab_size: int) -> list[int]:
-        """`ids` up to the first that has no embedding."""
-        return ids[: next((i for i, token in enumerate(ids) if token >= vocab_size), len(ids))]
+    def _encode_theirs(self, text: str, *, special: bool) -> list[int]:
+        return _known(_encode(self._theirs, text, special=special), self._their_vocab_size)
 
 
 _copies: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -197,12 +191,27 @@ _copying = threading.Lock()
 
 
 def own_tokenizer(tokenizer: Any) -> Any:
-    """A copy for the thread that turns the engine: the caller's own cannot be asked to pad while it encodes."""
+    """A copy for threads that turn engines: the caller's own cannot be asked to pad while it encodes."""
     with _copying:
         known = _copies.get(tokenizer)
         if known is None or len(known) != len(tokenizer):
-            known = _copies[tokenizer] = copy.deepcopy(tokenizer)
+            known = copy.deepcopy(tokenizer)
+            if (backend := getattr(known, "backend_tokenizer", None)) is not None:
+                # So that no engine that encodes with it has to turn them off beside another.
+                backend.no_padding()
+                backend.no_truncation()
+            _copies[tokenizer] = known
         return known
+
+
+def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids
+
+
+def _known(ids: list[int], vocab_size: int) -> list[int]:
+    """`ids` up to the first that has no embedding."""
+    return ids[: next((i for i, token in enumerate(ids) if token >= vocab_size), len(ids))]
 
 
 def _text_after(tokenizer: Any, ids: list[int], start: int, context: int) -> str:

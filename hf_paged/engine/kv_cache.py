@@ -10,6 +10,7 @@ Knows nothing of requests or of which blocks are used: that is `hf_paged.engine.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,9 +168,11 @@ class KVCache:
         """Copies block `src` to block `dst` in all layers, for each (src, dst) of `pairs`."""
         if not pairs:
             return
-        indices = torch.tensor(pairs, dtype=torch.int64)
-        if int(indices.min()) < 0 or int(indices.max()) >= self.num_blocks:
+        # Before they are a tensor: each of its operations may hand the interpreter to another thread.
+        named = list(itertools.chain.from_iterable(pairs))
+        if min(named) < 0 or max(named) >= self.num_blocks:
             raise ValueError(f"copy_blocks: pairs {pairs!r} name blocks outside of 0..{self.num_blocks - 1}")
+        indices = torch.tensor(pairs, dtype=torch.int64)
         on_device: dict[torch.device, Tensor] = {}
         for index in range(len(self._views)):
             k_cache, v_cache = self.layer(index)

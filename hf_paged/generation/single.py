@@ -123,6 +123,8 @@ class RequestPreparer:
         token_ids = as_token_ids(prompt, self._engine)
         if self._early:
             return Request(token_ids, None, self._early)
+        if getattr(config, "token_healing", None):  # what is prepared for one prompt may serve others
+            return Request(token_ids, None, (reason("token_healing"),))
         options, limit = _content(config), self._limit(config)
         shared = self._shared.get((options, None, None)) or self._shared.get((options, limit, len(token_ids)))
         if shared is None or limit is None:

@@ -130,6 +130,22 @@ def test_ids_without_an_embedding_are_neither_read_nor_drafted() -> None:
     assert_same_tokens(actual, expected)
 
 
+def test_one_tokenizer_for_both_with_more_ids_than_the_assistant() -> None:
+    model, assistant, tokenizer = demo_model("llama"), demo_model("llama"), demo_tokenizer("llama")
+    beyond = model.config.vocab_size
+    tokenizer.add_tokens(["import"])
+    model.resize_token_embeddings(beyond + 8)
+    ids = torch.tensor([tokenizer("import os\nimport sys\n")["input_ids"]])
+    assert ids.max() >= beyond, "the assistant would know all of it"
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 16}
+    expected = model.generate(**kwargs)
+    with hf_paged.enabled(model, fallback="error"), native_calls(model):
+        actual = model.generate(
+            **kwargs, assistant_model=assistant, tokenizer=tokenizer, assistant_tokenizer=tokenizer
+        )
+    assert_same_tokens(actual, expected)
+
+
 def test_the_callers_tokenizers_are_never_used_by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     model, assistant = demo_model("llama"), other_assistant("llama")
     own, theirs = demo_tokenizer("llama"), other_tokenizer("llama")

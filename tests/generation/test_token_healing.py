@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 
 import hf_paged
 from tests.helpers import FAMILIES, assert_same_tokens, demo_model, demo_tokenizer, native_calls
@@ -55,6 +55,21 @@ def test_requests_do_not_heal() -> None:
             hf_paged.engine(model).submit(prompt, **options)
         result = hf_paged.generate_many(model, [prompt], **options)[0]
         assert expected[-len(result.token_ids) :] == result.token_ids
+
+
+def test_requests_whose_own_config_heals_are_healed_one_by_one() -> None:
+    model, tokenizer = demo_model("llama"), demo_tokenizer("llama")
+    config = GenerationConfig(token_healing=True, max_new_tokens=6)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    expected = [
+        model.generate(torch.tensor([p]), generation_config=config, tokenizer=tokenizer)[0].tolist()
+        for p in prompts
+    ]
+    with hf_paged.enabled(model, fallback="silent"):
+        results = hf_paged.generate_many(model, prompts, generation_config=[config] * 3, tokenizer=tokenizer)
+        assert hf_paged.stats(model).fallback_calls == {"token_healing": 3}
+    for result, ids in zip(results, expected, strict=True):
+        assert ids[-len(result.token_ids) :] == result.token_ids
 
 
 def test_compile_config_has_no_effect_and_says_so_as_upstream_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 
@@ -12,7 +13,7 @@ import torch
 import hf_paged
 from hf_paged.kernels.cpu_runtime import wait_for_loading
 from hf_paged.kernels.cpu_workers import _pauses, let_workers_go
-from tests.helpers import make_model
+from tests.helpers import ROOT, make_model
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not _pauses(), reason="torch is built with another OpenMP than GNU's"
@@ -78,3 +79,25 @@ def test_a_forked_child_does_not_wait_for_workers_it_does_not_have(two_threads: 
         pytest.fail("the child hangs")
     assert os.waitstatus_to_exitcode(status) == 7
     let_workers_go()
+
+
+CHILD_OF_WORKERS = """
+import os, sys, torch
+torch.set_num_threads(2)
+torch.ones(1 << 20).mul_(2.0)
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+torch.set_num_threads(1)
+import hf_paged
+from tests.helpers import ROOT, make_model
+model = hf_paged.enable(make_model("gpt2"))
+assert len(hf_paged.engine(model).submit([5, 6], max_new_tokens=3, eos_token_id=None).result(60).token_ids) == 3
+os._exit(0)
+"""
+
+
+def test_a_fork_before_the_import_is_noticed() -> None:
+    """Its copy of the runtime believes in workers that are not there, and would wait for their end."""
+    done = subprocess.run([sys.executable, "-c", CHILD_OF_WORKERS], cwd=ROOT, timeout=120)
+    assert done.returncode == 0
