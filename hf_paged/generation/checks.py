@@ -201,8 +201,9 @@ def _option_reasons(prepared: Prepared) -> Iterator[FallbackReason]:
 
 
 def _dynamic_caches(prepared: Prepared) -> tuple[str | None, ...]:
-    # Older transformers set the last one themselves for assisted calls, so that the cache can be cut back.
-    return (None, "dynamic", *(("dynamic_full",) if prepared.method == speculation.METHOD else ()))
+    # Older transformers set the last one themselves for assisted calls and assistants: a cache that can be cut.
+    drafted = prepared.method == speculation.METHOD or prepared.config.is_assistant
+    return (None, "dynamic", *(("dynamic_full",) if drafted else ()))
 
 
 def _unknown_options() -> frozenset[str]:

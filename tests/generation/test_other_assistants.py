@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import hf_paged
 from hf_paged.engine.draft_policy import DraftPolicy
@@ -103,6 +103,10 @@ def test_an_assistant_with_another_tokenizer(family: str, pool: str, lookbehind:
     assert json.dumps(assistant.generation_config.to_dict(), default=str) == before
 
 
+@pytest.mark.skipif(
+    not hasattr(GenerationConfig(), "assistant_ensemble_weight"),
+    reason="transformers before it fails where the tokenizers cut the text in other places",
+)
 def test_upstream_makes_the_same_text_of_another_tokenizer() -> None:
     model, assistant = demo_model("llama"), other_assistant("llama")
     inputs = prompts("llama", TEXTS[:1])

@@ -374,6 +374,8 @@ FALLING_BACK: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("detail", FALLING_BACK)
 def test_what_is_not_served_is_named(detail: str) -> None:
+    if detail == "assistant_ensemble_weight" and not hasattr(GenerationConfig(), detail):
+        pytest.skip("this transformers does not know it")
     model, hooked = make_model("llama"), make_model("llama")
     hooked.model.layers[0].register_forward_hook(lambda module, args, output: output)
     given = {k: hooked if v == "hooked" else v for k, v in FALLING_BACK[detail].items()}

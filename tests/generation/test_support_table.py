@@ -69,6 +69,13 @@ class _UserCriterion(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
+def hooked_model() -> Any:
+    """One that cannot be anybody's assistant."""
+    model = demo_model("gpt2")
+    model.transformer.h[0].register_forward_hook(lambda module, args, output: output)
+    return model
+
+
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.ones_like(IDS)
 HOLE = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])
@@ -97,7 +104,7 @@ def samples(model: Any, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
         "synced_gpus": [{"synced_gpus": False}, {"synced_gpus": True}],
         "assistant_model": [
             {"assistant_model": model},
-            {"assistant_model": model, "assistant_ensemble_weight": 0.5},
+            {"assistant_model": hooked_model()},
         ],
         "streamer": [{"streamer": TextStreamer(tokenizer)}],
         "negative_prompt_ids": [{"negative_prompt_ids": IDS}],
