@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from hf_paged.engine.draft_vocabulary import (
     SameVocabulary,
     Shadow,
     Vocabulary,
+    drafting_option,
     own_tokenizer,
 )
 from hf_paged.engine.drafting import Speculation
@@ -251,17 +251,10 @@ class _Options:
     @classmethod
     def of(cls, model: Any) -> _Options:
         config = model.generation_config
-        defaults_of: Callable[[], dict[str, Any]] = getattr(config, "_get_default_generation_params", dict)
-        defaults = defaults_of()
-
-        def option(name: str) -> Any:
-            value = getattr(config, name, None)
-            return defaults.get(name) if value is None else value
-
         return cls(
-            int(option("num_assistant_tokens")),
-            str(option("num_assistant_tokens_schedule")),
-            float(option("assistant_confidence_threshold") or 0.0),
+            int(drafting_option(config, "num_assistant_tokens")),
+            str(drafting_option(config, "num_assistant_tokens_schedule")),
+            float(drafting_option(config, "assistant_confidence_threshold") or 0.0),
         )
 
     def ended(self, model: Any, num_tokens: float) -> None:

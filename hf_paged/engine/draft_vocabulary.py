@@ -129,10 +129,8 @@ class OtherVocabulary:
         self._vocab_size = vocab_size
         self._their_vocab_size: int = assistant.get_input_embeddings().num_embeddings
         config = assistant.generation_config
-        defaults_of: Callable[[], dict[str, Any]] = getattr(config, "_get_default_generation_params", dict)
-        defaults = {"target_lookbehind": 10, "assistant_lookbehind": 10} | defaults_of()
-        self._lookbehind = _option(config, defaults, "target_lookbehind")
-        self._their_lookbehind = _option(config, defaults, "assistant_lookbehind")
+        self._lookbehind = max(0, int(drafting_option(config, "target_lookbehind")))
+        self._their_lookbehind = max(0, int(drafting_option(config, "assistant_lookbehind")))
         eos = getattr(config, "eos_token_id", None)
         self._eos = {assistant_tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
@@ -236,6 +234,10 @@ def _num_equal(first: list[int], second: list[int]) -> int:
     return count
 
 
-def _option(config: Any, defaults: dict[str, Any], name: str) -> int:
+def drafting_option(config: Any, name: str) -> Any:
+    """What an assistant's `generation_config` says of drafting: where it leaves an option open, upstream's default."""
     value = getattr(config, name, None)
-    return max(0, int(defaults[name] if value is None else value))
+    if value is None:
+        defaults_of: Callable[[], dict[str, Any]] = getattr(config, "_get_default_generation_params", dict)
+        value = defaults_of().get(name)
+    return value

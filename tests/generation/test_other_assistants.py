@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import hf_paged
-from hf_paged.engine.draft_policy import DraftPolicy
 from hf_paged.engine.draft_vocabulary import OtherVocabulary
 from tests.helpers import (
     FAMILIES,
@@ -29,6 +28,7 @@ from tests.parity.equality import seeded_generate
 from tests.parity.test_generate_parity import pool_bytes
 
 BLOCK = 4
+pytestmark = pytest.mark.usefixtures("eager")
 TEXTS = [
     "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n",
     "import os\nimport sys\nimport",
@@ -36,14 +36,6 @@ TEXTS = [
     "    for name in names:\n        if name not in seen:\n            seen.add(name)\n        ",
     "x",
 ]
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that can be drafted is drafted: what is worth it depends on times, which no test should."""
-    monkeypatch.setattr(
-        DraftPolicy, "share", lambda self, num_tokens, acceptances, offers, **rest: list(offers)
-    )
 
 
 def other_tokenizer(family: str) -> Any:

@@ -11,7 +11,6 @@ import torch
 from transformers import GenerationConfig
 
 import hf_paged
-from hf_paged.engine.draft_policy import DraftPolicy
 from tests.helpers import (
     EOS,
     FAMILIES,
@@ -53,16 +52,6 @@ def repeating(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
         (prompt * 3)[:length]
         for prompt, length in zip(random_prompts([5] * len(lengths), seed=seed), lengths, strict=True)
     ]
-
-
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that can be drafted is drafted: what is worth it depends on times, which no test should."""
-    monkeypatch.setattr(
-        DraftPolicy,
-        "share",
-        lambda self, num_tokens, acceptances, offers, **rest: list(offers),
-    )
 
 
 def drafts_of(kind: str, family: str) -> dict[str, Any]:
