@@ -57,7 +57,9 @@ class _Process:
         # Another thread of the parent may have held the lock: in the child nobody would release it.
         self.launch_lock = threading.Lock()
         self.forked = True
+        _loading.lock = threading.RLock()
         _loading.deferred.clear()
+        _loading.threads.clear()  # a thread that began between `wait_for_loading` and the fork is not here
 
 
 _process = _Process()
@@ -74,7 +76,7 @@ class _Loading:
     """Warm-ups that run in the background, by what they are for."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal's handler may fork in a thread that holds it
         self.threads: dict[Hashable, threading.Thread] = {}
         self.finished: set[Hashable] = set()
         self.deferred: set[Hashable] = set()  # nobody has started them yet
@@ -136,8 +138,11 @@ def is_loading(key: Hashable) -> bool:
 def wait_for_loading() -> None:
     """Returns when nothing is being loaded."""
     me = threading.current_thread()
-    # One may have started another.
-    while others := [thread for thread in list(_loading.threads.values()) if thread is not me]:
+    while True:  # one may have started another
+        with _loading.lock:  # under it whoever is listed has been started
+            others = [thread for thread in list(_loading.threads.values()) if thread is not me]
+        if not others:
+            return
         for thread in others:
             thread.join()
 

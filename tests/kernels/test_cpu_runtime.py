@@ -33,6 +33,28 @@ def run_python(code: str, folder: Path = ROOT, **environment: str | None) -> str
     return done.stdout
 
 
+def test_waiting_for_a_thread_that_is_just_being_started(monkeypatch):
+    listed, start = threading.Event(), threading.Thread.start
+
+    def start_late(self: threading.Thread) -> None:
+        if self.name == "hf_paged-load-kernels":
+            listed.set()
+            threading.Event().wait(0.2)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start_late)
+    ran = threading.Event()
+    loader = threading.Thread(target=cpu_runtime.load_in_background, args=("a test", ran.set))
+    start(loader)
+    try:
+        assert listed.wait(10)
+        cpu_runtime.wait_for_loading()
+        assert ran.is_set()
+    finally:
+        loader.join()
+        cpu_runtime._loading.finished.discard("a test")
+
+
 def test_two_threads_launch_at_once(monkeypatch):
     monkeypatch.setattr(cpu_backend, "num_bins", lambda work_bytes: cpu_runtime._numba_threads())
     cases = [make_case(BIG, seed=seed) for seed in range(2)]
