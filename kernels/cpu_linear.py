@@ -4,10 +4,12 @@ On processors of other makers than Intel MKL stays with AVX2 kernels. oneDNN, al
 code on any of them: on a Zen 5 core it is 2 to 2.5 times as fast from two rows up, and 1.5 to 3 times for one row of
 GPT-2's layers, with the weights as they lie in memory.
 
-On Intel's MKL is the fastest for many rows, and for one, which is read from memory as fast as memory goes. For the few
-rows of a decode step it takes up to 1.9 times as long as our own tiles (`cpu_row_linear`).
+On Intel's MKL uses AVX-512. Where the processor has AMX, six products of parts in bfloat16 take a half to three
+quarters of the time of one in float32 and are as exact (`cpu_amx_linear`). For the few rows of a decode step, and where
+there is no AMX, MKL takes up to 1.9 times as long as our own tiles (`cpu_row_linear`). For one row all are as fast as
+memory.
 
-The sums are float32 in all three (docs/decisions.md has the measurements).
+The sums are float32 in all four (docs/decisions.md has the measurements).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_paged.kernels import cpu_row_linear, cpu_runtime
+from hf_paged.kernels import cpu_amx_linear, cpu_row_linear, cpu_runtime
 
 __all__ = ["has_faster_products", "least_input", "linear", "load_products", "onednn_is_faster"]
 
@@ -33,8 +35,12 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 #: Rows for which our tiles beat MKL's AVX-512 kernels, if weights lie along K and are more than the second cache of
 #: each thread holds. Across N, in GPT-2's layout, they are no faster (measured, docs/decisions.md).
 _ROWS_OF_TILES, _MIN_WEIGHT_OF_THREAD = range(4, 33), 1 << 19
-#: Set once our tiles are compiled.
-_tiles_are_ready = threading.Event()
+#: Rows from which on AMX is faster: for weights that do not fit a core's cache, along K and across it, and for smaller
+#: ones. Their rows and columns and their number must not be below the last two.
+_ROWS_ALONG, _ROWS_ACROSS, _ROWS_SMALL = 8, 16, 64
+_MIN_SIDE, _MIN_WEIGHT_OF_AMX = 256, 180_000
+#: Set once our kernels are compiled.
+_tiles_are_ready, _amx_is_ready = threading.Event(), threading.Event()
 
 
 @functools.cache
@@ -51,9 +57,15 @@ def tiles_are_faster(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return _maker_of_avx512(cpuinfo) == "GenuineIntel" and cpu_row_linear.missing() is None
 
 
+@functools.cache
+def amx_is_faster() -> bool:
+    """Whether this process runs on a processor with AMX, and may use it."""
+    return _maker_of_avx512(Path("/proc/cpuinfo")) == "GenuineIntel" and cpu_amx_linear.missing() is None
+
+
 def has_faster_products() -> bool:
     """Whether `linear` is worth a question here."""
-    return onednn_is_faster() or tiles_are_faster()
+    return onednn_is_faster() or tiles_are_faster() or amx_is_faster()
 
 
 def _maker_of_avx512(cpuinfo: Path) -> str:
@@ -68,26 +80,46 @@ def _maker_of_avx512(cpuinfo: Path) -> str:
 
 
 def load_products() -> None:
-    """Compiles our tiles in the background where they are worth it; until then products are MKL's."""
-    if tiles_are_faster():
-        cpu_runtime.load_in_background("tiles of float32 products", _compile_tiles)
+    """Compiles our kernels in the background where they are worth it; until then products are MKL's."""
+    if tiles_are_faster() or amx_is_faster():
+        cpu_runtime.load_in_background("float32 products", _compile_products)
 
 
-def _compile_tiles() -> None:
-    kernels: Any = cpu_runtime.kernel_module("cpu_row_linear_kernel")
-    if kernels is not None:
-        kernels.linear_along(torch.float32)
+def _compile_products() -> None:
+    tiles: Any = cpu_runtime.kernel_module("cpu_row_linear_kernel") if tiles_are_faster() else None
+    if tiles is not None:
+        tiles.linear_along(torch.float32)
         _tiles_are_ready.set()
+    amx: Any = cpu_runtime.kernel_module("cpu_amx_kernel") if amx_is_faster() else None
+    if amx is not None:
+        amx.linear_across(torch.float32)
+        amx.linear_along(torch.float32)
+        _amx_is_ready.set()
 
 
 def least_input(weight: Tensor) -> int | None:
     """How many numbers an input must have to be worth a product with `weight` [N, K] by `linear`; None: it never is."""
-    if tiles_are_faster():
-        is_large = weight.numel() >= _MIN_WEIGHT_OF_THREAD * torch.get_num_threads()
-        return _ROWS_OF_TILES.start * weight.shape[1] if is_large and weight.stride(1) == 1 else None
+    if tiles_are_faster() or amx_is_faster():
+        least = [rows for rows in (_least_of_tiles(weight), _least_of_amx(weight)) if rows is not None]
+        return min(least) * weight.shape[1] if least else None
     if weight.numel() < _TINY_WEIGHT:
         return None
     return 0 if weight.numel() >= _MIN_WEIGHT else -(-_MIN_WORK // max(1, weight.shape[0]))
+
+
+def _least_of_tiles(weight: Tensor) -> int | None:
+    """Rows from which on our tiles are faster than MKL with `weight` [N, K]; None: with no number."""
+    is_large = weight.numel() >= _MIN_WEIGHT_OF_THREAD * torch.get_num_threads()
+    return _ROWS_OF_TILES.start if tiles_are_faster() and is_large and weight.stride(1) == 1 else None
+
+
+def _least_of_amx(weight: Tensor) -> int | None:
+    """As `_least_of_tiles` for AMX."""
+    if not amx_is_faster() or min(weight.shape) < _MIN_SIDE or weight.numel() < _MIN_WEIGHT_OF_AMX:
+        return None
+    if weight.numel() < _MIN_WEIGHT_OF_THREAD:
+        return _ROWS_SMALL
+    return _ROWS_ALONG if weight.stride(1) == 1 else _ROWS_ACROSS
 
 
 def _op_works() -> bool:
@@ -122,11 +154,18 @@ def linear(
         return None
     if onednn_is_faster():
         return _product(x, weight, bias)
-    if x.numel() >= _ROWS_OF_TILES.stop * weight.shape[1]:  # fewer rows than the least were sent back above
-        return None
-    if not _tiles_are_ready.is_set() or cpu_runtime.is_loading(torch.float32):
-        return None
-    return cpu_row_linear.row_linear(x, weight, bias)
+    return None if cpu_runtime.is_loading(torch.float32) else _by_our_kernels(x, weight, bias)
+
+
+def _by_our_kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    rows = x.numel() // weight.shape[1]
+    least = _least_of_amx(weight)
+    if least is not None and rows >= least and _amx_is_ready.is_set():
+        return cpu_amx_linear.amx_linear(x, weight, bias)
+    least = _least_of_tiles(weight)
+    if least is not None and least <= rows < _ROWS_OF_TILES.stop and _tiles_are_ready.is_set():
+        return cpu_row_linear.row_linear(x, weight, bias)
+    return None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

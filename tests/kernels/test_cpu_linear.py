@@ -19,6 +19,7 @@ def tiles(monkeypatch) -> list[tuple[int, int, int]]:
     """A processor on which our tiles are the faster ones: the rows, columns and size of each product they make."""
     monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: False)
     monkeypatch.setattr(cpu_linear, "tiles_are_faster", lambda: True)
+    monkeypatch.setattr(cpu_linear, "amx_is_faster", lambda: False)
     cpu_backend.load_kernels(torch.float32)
     cpu_linear.load_products()
     cpu_runtime.wait_for_loading()

@@ -1,0 +1,91 @@
+"""`amx_linear`: float32 linear layers on processors with Intel's AMX, by products of bfloat16 (`cpu_amx_tile`)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+from hf_paged.kernels.cpu_runtime import kernel_module, launch, num_bins
+
+__all__ = ["amx_linear", "missing"]
+
+#: The system call that asks Linux for the use of tile registers by this process, and its arguments.
+_ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18
+
+
+class _Scratch(threading.local):
+    """Memory a thread's products work in: a few MB, whose pages would otherwise be new at every call."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        if self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory
+
+
+_scratch = _Scratch()
+
+
+@functools.cache
+def missing() -> str | None:
+    """What this machine lacks for `amx_linear`; None if nothing. Asks the system for tile registers."""
+    if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"no AMX on {sys.platform} {platform.machine()}"
+    try:
+        import llvmlite.binding as llvm
+    except Exception as error:  # a damaged installation raises more than ImportError
+        return f"numba cannot be imported ({error})"
+    features = llvm.get_host_cpu_features()
+    if not all(features.get(name) for name in ("avx512f", "amx-tile", "amx-bf16")):
+        return "this processor has no AMX for bfloat16"
+    if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA) != 0:
+        return "the system does not give this process tile registers"
+    return None
+
+
+def amx_linear(
+    x: Tensor,  # [..., K] float32
+    weight: Tensor,  # [N, K] float32, either dimension contiguous
+    bias: Tensor | None,  # [N] float32
+) -> Tensor | None:  # [..., N] float32
+    """`torch.nn.functional.linear` as exact as float32 sums are; None if a number of the result is not finite.
+
+    Numbers are cut in three parts, and infinity cannot be: what comes of it, and of a sum beyond float32, is for who
+    computes without parts. Parts below 2**-126 are zero.
+
+    Raises:
+        ValueError: dtypes, devices or strides that the kernels do not take.
+    """
+    columns, size = weight.shape
+    along = weight.stride(1) == 1 or size == 1
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors) or not (
+        along or weight.stride(0) == 1
+    ):
+        kinds = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+        raise ValueError(
+            f"amx_linear: {kinds}, weight with strides {weight.stride()}: float32 on cpu is supported"
+        )
+    kernels = kernel_module("cpu_amx_kernel")
+    rows = x.reshape(-1, size).contiguous()
+    output = torch.empty(len(rows), columns)
+    bins = num_bins((weight.numel() + rows.numel() + output.numel()) * 4)
+    room = kernels.scratch_bytes(len(rows), size)
+    scratch, checks = _scratch.of(bins * room), torch.zeros(bins)
+    arguments = (
+        rows.data_ptr(), size, weight.data_ptr(), weight.stride(0) if along else weight.stride(1),
+        0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, len(rows), columns, size,
+        scratch.data_ptr(), room, checks.data_ptr(),
+    )  # fmt: skip
+    launch((kernels.linear_along if along else kernels.linear_across)(torch.float32), bins, arguments)
+    if any(checks.tolist()):  # NaN
+        return None
+    return output.view(*x.shape[:-1], columns)
