@@ -21,8 +21,9 @@ from hf_paged.kernels.cpu_memory import argument, load_f32, store_f32
 
 __all__ = ["linear_across", "linear_along", "scratch_bytes"]
 
-#: Numbers along K gone through before the next: the blocks of `_ROWS` rows then stay in the second cache.
-_DEPTH, _ROWS = 768, 256
+#: Rows, numbers along K and columns gone through before the next ones: the second cache then holds the rows' blocks of
+#: that depth, where weights lie along K, or the sums of that many columns, where they lie across it.
+_ROWS, _DEPTH, _BAND = 256, 768, 1024
 #: Bytes of a square of float32 weights, and of its blocks.
 _SQUARE, _SQUARE_BLOCKS = WIDTH * WIDTH * 4, 2 * (WIDTH // 16) * BLOCK
 _W_STEP = (WIDTH // 16) * BLOCK
@@ -33,11 +34,13 @@ _ZERO = np.float32(0)
 _ALONG, _ACROSS = np.int16(0), np.int8(0)
 
 
-def scratch_bytes(rows: int, size: int) -> int:
-    """Bytes each part works in, for that many rows of `size`: split numbers of both, sums, and edges."""
+def scratch_bytes(rows: int, size: int, along: bool) -> int:
+    """Bytes each part works in, for that many rows of `size`: a check and a row, a square of numbers, its blocks, sums
+    and blocks of rows."""
     blocks = (min(rows, _ROWS) + 15) // 16
-    steps = (min(size, _DEPTH) + WIDTH - 1) // WIDTH * 2
-    return 64 + 2 * 64 + _SQUARE + _SQUARE_BLOCKS + blocks * (WIDTH // 16) * TILE + blocks * steps * BLOCK
+    depth = (min(size, _DEPTH) + WIDTH - 1) // WIDTH * WIDTH if along else WIDTH
+    sums = blocks * (WIDTH if along else _BAND) // 16 * TILE
+    return 64 + 2 * 64 + _SQUARE + _SQUARE_BLOCKS + sums + blocks * depth // 32 * BLOCK
 
 
 @helper()
@@ -146,64 +149,50 @@ def _add_square(parts, blocks, weights, sums, is_first, ahead, ahead_row, layout
 
 
 @helper()
-def _add_strip(w, w_stride, columns, deep, parts, blocks, square, weights, sums, layout):
-    """sums[m, c] = x[m] . w[c] for all rows of x, `columns` columns and `deep` numbers along K."""
+def _add_strip(w, w_stride, columns, deep, parts, blocks, square, weights, sums):
+    """sums[m, c] = x[m] . w[c] for all rows of x, `columns` columns and `deep` numbers along K, as weights lie."""
     for k in range(0, deep, WIDTH):
         high = min(WIDTH, deep - k)
-        source, stride = w + 4 * k * (w_stride if lies_across(layout) else 1), w_stride
-        # The next strip lies beside this one, or below.
-        ahead = source + 4 * WIDTH * (w_stride if lies_across(layout) else 1)
-        if k + WIDTH >= deep:
-            ahead = w + 4 * WIDTH * (1 if lies_across(layout) else w_stride)
+        source, stride = w + 4 * k, w_stride
+        ahead = source + 4 * WIDTH if k + WIDTH < deep else w + 4 * WIDTH * w_stride
         if high < WIDTH or columns < WIDTH:
-            across = lies_across(layout)
-            _copy_square(source, w_stride, high if across else columns, columns if across else high, square)
+            _copy_square(source, w_stride, columns, high, square)
             source, stride = square, WIDTH
-        if lies_across(layout):
-            _split_across(source, stride, weights)
-        else:
-            _split_along(source, stride, weights)
+        _split_along(source, stride, weights)
         at = parts + (k // WIDTH) * blocks * 2 * BLOCK
-        _add_square(at, blocks, weights, sums, k == 0, ahead, 4 * w_stride, layout)
+        _add_square(at, blocks, weights, sums, k == 0, ahead, 4 * w_stride, _ALONG)
 
 
 @helper()
-def _linear(index, bins, arguments, layout):
-    """A part of the columns of a product: see `linear_along`."""
-    x, x_stride = argument(arguments, 0), argument(arguments, 1)
-    w, w_stride = argument(arguments, 2), argument(arguments, 3)
-    bias, output, stride = argument(arguments, 4), argument(arguments, 5), argument(arguments, 6)
-    rows, width, size = argument(arguments, 7), argument(arguments, 8), argument(arguments, 9)
-    check = (argument(arguments, 10) + index * argument(arguments, 11) + 63) // 64 * 64
-    square = check + 2 * 64
-    weights = square + _SQUARE
-    sums = weights + _SQUARE_BLOCKS
+def _add_band(w, w_stride, columns, high, is_first, parts, blocks, square, weights, sums):
+    """sums[m, c] += x[m] . w[:, c] for all rows of x, `columns` columns and `high` numbers along K.
+
+    Weights lie across K: going along their rows, few pages are met at a time.
+    """
+    for n in range(0, columns, WIDTH):
+        wide = min(WIDTH, columns - n)
+        source, stride = w + 4 * n, w_stride
+        ahead = source + 4 * WIDTH if n + WIDTH < columns else w + 4 * WIDTH * w_stride
+        if high < WIDTH or wide < WIDTH:
+            _copy_square(source, w_stride, high, wide, square)
+            source, stride = square, WIDTH
+        _split_across(source, stride, weights)
+        at = sums + (n // 16) * blocks * TILE
+        _add_square(parts, blocks, weights, at, is_first, ahead, 4 * w_stride, _ACROSS)
+
+
+@helper()
+def _begin_check(check):
     for i in range(16):
         store_f32(check, i, _ZERO)
-    strips = (width + WIDTH - 1) // WIDTH
-    begin, end = WIDTH * (strips * index // bins), min(width, WIDTH * (strips * (index + 1) // bins))
-    begin_tiles()
-    for chunk in range(0, rows, _ROWS):
-        count = min(_ROWS, rows - chunk)
-        blocks = (count + 15) // 16
-        parts = sums + blocks * (WIDTH // 16) * TILE
-        for depth in range(0, size, _DEPTH):
-            deep = min(_DEPTH, size - depth)
-            _split_rows(x + 4 * (chunk * x_stride + depth), x_stride, count, deep, square, parts, layout)
-            for n in range(begin, end, WIDTH):
-                columns = min(WIDTH, end - n)
-                source = w + 4 * ((depth * w_stride + n) if lies_across(layout) else (n * w_stride + depth))
-                _add_strip(source, w_stride, columns, deep, parts, blocks, square, weights, sums, layout)
-                target = output + 4 * (chunk * stride + n)
-                base, base_stride = target, stride
-                if depth == 0:
-                    base, base_stride = 0 if bias == 0 else bias + 4 * n, 0
-                _write(sums, count, columns, base, base_stride, target, stride, check + 64, check, layout)
-    end_tiles()
+
+
+@helper()
+def _end_check(check, checks, index):
     total = _ZERO
     for i in range(16):
         total += load_f32(check, i)
-    store_f32(argument(arguments, 12), index, total)
+    store_f32(checks, index, total)
 
 
 @kernel_by_dtype
@@ -217,7 +206,37 @@ def linear_along(tag):
 
     @entry()
     def kernel(index, bins, arguments):
-        _linear(index, bins, arguments, _ALONG)
+        x, x_stride = argument(arguments, 0), argument(arguments, 1)
+        w, w_stride = argument(arguments, 2), argument(arguments, 3)
+        bias, output, stride = argument(arguments, 4), argument(arguments, 5), argument(arguments, 6)
+        rows, width, size = argument(arguments, 7), argument(arguments, 8), argument(arguments, 9)
+        check = (argument(arguments, 10) + index * argument(arguments, 11) + 63) // 64 * 64
+        row, square = check + 64, check + 2 * 64
+        weights = square + _SQUARE
+        sums = weights + _SQUARE_BLOCKS
+        strips = (width + WIDTH - 1) // WIDTH
+        begin, end = WIDTH * (strips * index // bins), min(width, WIDTH * (strips * (index + 1) // bins))
+        _begin_check(check)
+        begin_tiles()
+        for chunk in range(0, rows, _ROWS):
+            count = min(_ROWS, rows - chunk)
+            blocks = (count + 15) // 16
+            parts = sums + blocks * (WIDTH // 16) * TILE
+            for depth in range(0, size, _DEPTH):
+                deep = min(_DEPTH, size - depth)
+                source = x + 4 * (chunk * x_stride + depth)
+                _split_rows(source, x_stride, count, deep, square, parts, _ALONG)
+                for n in range(begin, end, WIDTH):
+                    columns = min(WIDTH, end - n)
+                    at = w + 4 * (n * w_stride + depth)
+                    _add_strip(at, w_stride, columns, deep, parts, blocks, square, weights, sums)
+                    target = output + 4 * (chunk * stride + n)
+                    base, base_stride = target, stride
+                    if depth == 0:
+                        base, base_stride = 0 if bias == 0 else bias + 4 * n, 0
+                    _write(sums, count, columns, base, base_stride, target, stride, row, check, _ALONG)
+        end_tiles()
+        _end_check(check, argument(arguments, 12), index)
 
     return kernel
 
@@ -231,6 +250,39 @@ def linear_across(tag):
 
     @entry()
     def kernel(index, bins, arguments):
-        _linear(index, bins, arguments, _ACROSS)
+        x, x_stride = argument(arguments, 0), argument(arguments, 1)
+        w, w_stride = argument(arguments, 2), argument(arguments, 3)
+        bias, output, stride = argument(arguments, 4), argument(arguments, 5), argument(arguments, 6)
+        rows, width, size = argument(arguments, 7), argument(arguments, 8), argument(arguments, 9)
+        check = (argument(arguments, 10) + index * argument(arguments, 11) + 63) // 64 * 64
+        row, square = check + 64, check + 2 * 64
+        weights = square + _SQUARE
+        parts = weights + _SQUARE_BLOCKS
+        strips = (width + WIDTH - 1) // WIDTH
+        begin, end = WIDTH * (strips * index // bins), min(width, WIDTH * (strips * (index + 1) // bins))
+        bands = (end - begin + _BAND - 1) // _BAND
+        band = 0 if bands == 0 else (end - begin + bands * WIDTH - 1) // (bands * WIDTH) * WIDTH
+        _begin_check(check)
+        begin_tiles()
+        for chunk in range(0, rows, _ROWS):
+            count = min(_ROWS, rows - chunk)
+            blocks = (count + 15) // 16
+            sums = parts + blocks * 2 * BLOCK
+            for i in range(bands):
+                n = begin + i * band
+                columns = min(band, end - n)
+                for k in range(0, size, WIDTH):
+                    high = min(WIDTH, size - k)
+                    source = x + 4 * (chunk * x_stride + k)
+                    _split_rows(source, x_stride, count, high, square, parts, _ACROSS)
+                    at = w + 4 * (k * w_stride + n)
+                    _add_band(at, w_stride, columns, high, k == 0, parts, blocks, square, weights, sums)
+                for c in range(0, columns, WIDTH):
+                    base = 0 if bias == 0 else bias + 4 * (n + c)
+                    target, at = output + 4 * (chunk * stride + n + c), sums + (c // 16) * blocks * TILE
+                    wide = min(WIDTH, columns - c)
+                    _write(at, count, wide, base, 0, target, stride, row, check, _ACROSS)
+        end_tiles()
+        _end_check(check, argument(arguments, 12), index)
 
     return kernel

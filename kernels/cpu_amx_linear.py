@@ -78,7 +78,7 @@ def amx_linear(
     rows = x.reshape(-1, size).contiguous()
     output = torch.empty(len(rows), columns)
     bins = num_bins((weight.numel() + rows.numel() + output.numel()) * 4)
-    room = kernels.scratch_bytes(len(rows), size)
+    room = kernels.scratch_bytes(len(rows), size, along)
     scratch, checks = _scratch.of(bins * room), torch.zeros(bins)
     arguments = (
         rows.data_ptr(), size, weight.data_ptr(), weight.stride(0) if along else weight.stride(1),
