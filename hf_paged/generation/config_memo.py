@@ -2,7 +2,8 @@
 
 What is merged depends on the content of three configs and the keyword arguments. Where all of that is plain (numbers,
 strings, lists of ints) and equals that of an earlier call, the config of that one is copied. Everything else, and every
-call that upstream would warn of, goes to upstream.
+call that upstream would warn of, goes to upstream. Calls that differ in `max_new_tokens` alone share an entry: upstream
+carries a positive number along and looks at it only later.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hf_paged.generation.quiet import is_quiet
 
 _PLAIN = frozenset({int, float, str, bool, type(None)})
 _MOST = 64  # merged configs to remember, of all models of a class
+_LIMIT = "max_new_tokens"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class _Merged:
         """As upstream's: a config of its own, lists included, and the arguments it leaves."""
         config = GenerationConfig.__new__(GenerationConfig)
         vars(config).update(_copied(self.options))
+        if _LIMIT in kwargs:
+            vars(config)[_LIMIT] = kwargs[_LIMIT]
         return config, {name: kwargs[name] for name in self.passed_on} | self.added
 
 
@@ -77,6 +81,9 @@ def _key(model: Any, given: Any, kwargs: Mapping[str, Any]) -> Hashable | None:
         return None
     types = tuple(map(type, kwargs.values()))
     values = tuple([v if t in _PLAIN else None for v, t in zip(kwargs.values(), types, strict=True)])
+    limit = kwargs.get(_LIMIT)
+    if type(limit) is int and limit > 0:
+        values = tuple([1 if name == _LIMIT else v for name, v in zip(kwargs, values, strict=True)])
     # True and 1 are equal keys, hence the types.
     return (id(model.config), *contents, tuple(kwargs), values, types)
 
