@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import logits_process as upstream
 from transformers.generation import stopping_criteria
@@ -157,7 +158,8 @@ def _key(
             if name != "max_new_tokens"
         ]
     )
-    return (type(model), methods, model.device, *contents, options)
+    # Tensors made in inference mode may be of no use outside of it.
+    return (type(model), methods, model.device, torch.is_inference_mode_enabled(), *contents, options)
 
 
 def _without_limit(options: tuple[Any, ...] | None) -> Hashable | None:

@@ -147,6 +147,14 @@ def test_a_replaced_method_of_upstreams_is_called_each_time(
     assert len(calls) == 2
 
 
+def test_what_is_made_in_inference_mode_stays_there(model: Any, prepared: list[Any]) -> None:
+    for _ in range(2):
+        with torch.inference_mode():
+            hf_paged.engine(model).submit(PROMPT, max_new_tokens=2, eos_token_id=3).result(60)
+    hf_paged.engine(model).submit(PROMPT, max_new_tokens=2, eos_token_id=3).result(60)
+    assert [p.config._eos_token_tensor.is_inference() for p in prepared] == [True, False]
+
+
 def test_reasons_to_fall_back_are_looked_for_each_time(model: Any, prepared: list[Any]) -> None:
     submit(model)
     model.register_forward_hook(lambda *a: None)
