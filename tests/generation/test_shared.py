@@ -126,6 +126,17 @@ def test_a_length_in_the_models_config_is_warned_of_each_time(
     assert len(prepared) == len([text for text in said if "will take precedence" in text]) == 2
 
 
+@pytest.mark.parametrize(("says_so", "times"), [(True, 2), (False, 1)])
+def test_a_pad_token_that_upstream_chooses_is_shared_where_it_does_not_say_so(
+    model: Any, prepared: list[Any], monkeypatch: pytest.MonkeyPatch, says_so: bool, times: int
+) -> None:
+    monkeypatch.setattr(shared, "_NAMES_PADS", says_so)
+    model.generation_config.pad_token_id = None
+    for _ in range(2):
+        submit(model, eos_token_id=3)
+    assert len(prepared) == times
+
+
 @pytest.mark.parametrize("on_class", [True, False])
 def test_a_replaced_method_of_upstreams_is_called_each_time(
     model: Any, prepared: list[Any], monkeypatch: pytest.MonkeyPatch, on_class: bool
