@@ -199,8 +199,9 @@ class Choosing:
         eos, count = self._spec.eos_token_ids, self._options.num_beams
         if eos and any(not eos.isdisjoint(row) for row in tokens[:, :count, -1].tolist()):
             return False
+        # Those that were drawn come in the order of their draws: any of them may be higher.
         return all(
-            row[count - 1] > _UNTAKEN and all(a > b for a, b in pairwise(row[: count + 1]))
+            min(row[:count]) > max(_UNTAKEN, *row[count:]) and all(a > b for a, b in pairwise(row[:count]))
             for row in scores.tolist()
         )
 
