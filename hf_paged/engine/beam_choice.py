@@ -192,16 +192,17 @@ class Choosing:
         """Whether the best candidates of [n, K] go on and none has finished so far: they are the beams, as upstream's
         methods would find. Where scores are equal the choice is up to its `topk`.
         """
-        if not (self._spec.stop_rules.simple and all(state.nothing_finished for state in self._states)):
+        if self._options.do_sample or not self._spec.stop_rules.simple:  # drawn ones are not in order
+            return False
+        if not all(state.nothing_finished for state in self._states):
             return False
         if any(self._t + 1 >= most_tokens(group.sequences[0]) for group in self._groups):
             return False
         eos, count = self._spec.eos_token_ids, self._options.num_beams
         if eos and any(not eos.isdisjoint(row) for row in tokens[:, :count, -1].tolist()):
             return False
-        # Those that were drawn come in the order of their draws: any of them may be higher.
         return all(
-            min(row[:count]) > max(_UNTAKEN, *row[count:]) and all(a > b for a, b in pairwise(row[:count]))
+            row[count - 1] > _UNTAKEN and all(a > b for a, b in pairwise(row[: count + 1]))
             for row in scores.tolist()
         )
 

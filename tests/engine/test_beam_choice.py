@@ -32,9 +32,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def beams(model: Any, **options: Any) -> Any:
     with hf_paged.enabled(model, fallback="error", backend="reference"):
-        torch.manual_seed(5)
-        kwargs = OPTIONS | options
-        return model.generate(IDS, **kwargs, return_dict_in_generate=True, output_scores=True)
+        return model.generate(IDS, **OPTIONS, **options, return_dict_in_generate=True, output_scores=True)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +62,18 @@ def test_all_steps_but_the_last_take_it_where_nothing_ends(short: list[bool]) ->
     beams(make_model("llama"), eos_token_id=None)
     assert (short[0], short[-1]) == (True, False)
     assert short.count(False) <= 2  # the last step of each prompt
+
+
+def test_drawn_beams_are_left_to_upstream(short: list[bool]) -> None:
+    plain, model = make_model("llama"), make_model("llama")
+    options = {**OPTIONS, "num_beams": 2, "eos_token_id": None, "pad_token_id": 0, "do_sample": True}
+    with hf_paged.enabled(model, fallback="error", backend="reference"):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            wanted = plain.generate(IDS, **options)
+            torch.manual_seed(seed)
+            assert torch.equal(model.generate(IDS, **options), wanted)
+    assert not any(short)
 
 
 def test_equal_scores_are_left_to_upstream(short: list[bool]) -> None:
