@@ -8,6 +8,7 @@ so that prompts of several lengths can go through together.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from transformers import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from hf_paged.engine import processors as rules
-from hf_paged.engine.beam_state import TENSORS, BeamOptions, BeamState
+from hf_paged.engine.beam_state import BeamOptions, BeamState, most_tokens
 from hf_paged.engine.draws import multinomial_error
 from hf_paged.engine.processor_rules import Line
 from hf_paged.engine.request import SequenceGroup
 
 #: Scores below it mark places that no finished beam has taken (upstream starts with -1e9).
 _UNTAKEN = -1e8
+_RUNNING = ("running", "running_scores", "running_beams")
 
 #: Upstream's methods need no model.
 _upstream: Any = object.__new__(GenerationMixin)
@@ -72,9 +74,14 @@ class Choosing:
         vocab = log_probs.shape[1]
         accumulated = log_probs.view(n, options.num_beams, vocab) + old["running_scores"][:, :, None]
         scores, tokens, beams = self._candidates(accumulated.view(n, -1), old, vocab)
+        if self._is_plain(scores, tokens):
+            chosen = (tokens, scores, beams)
+            best = dict(zip(_RUNNING, [part[:, : options.num_beams] for part in chosen], strict=True))
+            return self._taken(best, None, log_probs, logits)
+        old |= self._stacked_finished()
         hits = self._hits(tokens)
         new = dict(zip(
-            ("running", "running_scores", "running_beams"),
+            _RUNNING,
             _upstream._get_running_beams_for_next_iteration(
                 topk_log_probs=scores,
                 topk_running_sequences=tokens,
@@ -113,19 +120,28 @@ class Choosing:
         return rules.run(lines, log_probs)
 
     def _stacked(self) -> dict[str, Tensor]:
-        if len(self._states) == 1:
-            stacked = {name: getattr(self._states[0], name) for name in TENSORS}
-        else:
-            stacked = {name: torch.cat([getattr(s, name) for s in self._states]) for name in TENSORS}
-        # A column for the token of this step.
-        for name, fill in (
-            ("running", self._options.fill_token),
-            ("finished", self._options.fill_token),
-            ("running_beams", -1),
-            ("finished_beams", -1),
-        ):
-            stacked[name] = nn.functional.pad(stacked[name], (0, 1), value=fill)
-        return stacked
+        """What runs, with a column for the token of this step."""
+        running = self._in_a_row("running", self._options.fill_token)
+        beams = self._in_a_row("running_beams", -1)
+        return {
+            "running": running,
+            "running_scores": self._in_a_row("running_scores"),
+            "running_beams": beams,
+        }
+
+    def _stacked_finished(self) -> dict[str, Tensor]:
+        """What has finished, filled up to the column of this step."""
+        fills = {"finished": self._options.fill_token, "finished_beams": -1}
+        names = ("finished", "finished_scores", "finished_beams", "is_finished", "may_improve")
+        return {name: self._in_a_row(name, fills.get(name)) for name in names}
+
+    def _in_a_row(self, name: str, fill: int | None = None) -> Tensor:
+        """One tensor of all states, those with a `fill` as wide as the history with this step."""
+        parts = [getattr(state, name) for state in self._states]
+        if fill is not None:
+            width = self._t + 1
+            parts = [nn.functional.pad(part, (0, width - part.shape[-1]), value=fill) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _candidates(
         self, accumulated: Tensor, old: dict[str, Tensor], vocab: int
@@ -149,9 +165,9 @@ class Choosing:
             batch_size=self._n,
         )
         # Upstream counts beams through the batch; here the batch is whatever happens to be stacked.
-        beams[:, :, -1] -= (
-            torch.arange(self._n, device=beams.device, dtype=beams.dtype)[:, None] * options.num_beams
-        )
+        if self._n > 1:
+            firsts = torch.arange(self._n, device=beams.device, dtype=beams.dtype)
+            beams[:, :, -1] -= firsts[:, None] * options.num_beams
         if options.do_sample:
             scores = accumulated.gather(1, beams[:, :, -1].long() * vocab + tokens[:, :, -1])
         return scores, tokens, beams
@@ -172,6 +188,24 @@ class Choosing:
 
     # --- ends -------------------------------------------------------------------------------------------------------
 
+    def _is_plain(self, scores: Tensor, tokens: Tensor) -> bool:
+        """Whether the best candidates of [n, K] go on and none has finished so far: they are the beams, as upstream's
+        methods would find. Where scores are equal the choice is up to its `topk`.
+        """
+        if self._options.do_sample or not self._spec.stop_rules.simple:  # drawn ones are not in order
+            return False
+        if not all(state.nothing_finished for state in self._states):
+            return False
+        if any(self._t + 1 >= most_tokens(group.sequences[0]) for group in self._groups):
+            return False
+        eos, count = self._spec.eos_token_ids, self._options.num_beams
+        if eos and any(not eos.isdisjoint(row) for row in tokens[:, :count, -1].tolist()):
+            return False
+        return all(
+            row[count - 1] > _UNTAKEN and all(a > b for a, b in pairwise(row[: count + 1]))
+            for row in scores.tolist()
+        )
+
     def _hits(self, tokens: Tensor) -> Tensor:
         """Which candidates [n, K, t + 1] end with their last token, [n, K] bool."""
         if not self._spec.stop_rules.simple:
@@ -186,11 +220,7 @@ class Choosing:
         )
         full = []
         for group, count in zip(self._groups, self._num_prompts, strict=True):
-            spec = group.call.sampling
-            most = group.sequences[0].ends_at
-            if spec.max_length is not None:
-                most = min(most, spec.max_length - spec.prompt_width)
-            full += [[self._t + 1 >= most]] * count
+            full += [[self._t + 1 >= most_tokens(group.sequences[0])]] * count
         return hits | torch.tensor(full, device=hits.device)
 
     def _finished(
@@ -221,16 +251,16 @@ class Choosing:
         )
 
     def _taken(
-        self, new: dict[str, Tensor], hits: Tensor, log_probs: Tensor, logits: Tensor
+        self, new: dict[str, Tensor], hits: Tensor | None, log_probs: Tensor, logits: Tensor
     ) -> dict[SequenceGroup, Choice | BaseException]:
-        """Writes the step into the states."""
+        """Writes the step into the states; `hits` None: nothing ends or has finished."""
         beams, last = new["running_beams"][:, :, -1].tolist(), new["running"][:, :, -1].tolist()
         choices: dict[SequenceGroup, Choice | BaseException] = {}
         start = 0
         for group, state, count in zip(self._groups, self._states, self._num_prompts, strict=True):
             own = slice(start, start + count)
-            for name in TENSORS:
-                setattr(state, name, new[name][own])
+            for name, values in new.items():
+                setattr(state, name, values[own])
             group.state = state
             rows = slice(start * group.num_beams, (start + count) * group.num_beams)
             spec = group.call.sampling
@@ -238,10 +268,7 @@ class Choosing:
                 state.scores.append(log_probs[rows].clone())
             if spec.output_logits:
                 state.logits.append(logits[rows].clone())
-            goes_on = _upstream._beam_search_has_unfinished_sequences(
-                state.may_improve, state.is_finished, hits[own], self._options.early_stopping
-            )
-            ended = not bool(goes_on)
+            ended = hits is not None and self._has_ended(state, hits[own])
             sources = [i * group.num_beams + beam for i in range(count) for beam in beams[start + i]]
             tokens = [token for i in range(count) for token in last[start + i]]
             choices[group] = Choice(sources, tokens, ended)
@@ -249,6 +276,13 @@ class Choosing:
                 choices[group] = EntangledBeams()
             start += count
         return choices
+
+    def _has_ended(self, state: BeamState, hits: Tensor) -> bool:
+        state.nothing_finished = not bool(state.is_finished.any()) and bool(state.may_improve.all())
+        goes_on = _upstream._beam_search_has_unfinished_sequences(
+            state.may_improve, state.is_finished, hits, self._options.early_stopping
+        )
+        return not bool(goes_on)
 
     def _is_entangled(self, group: SequenceGroup, state: BeamState) -> bool:
         """Whether upstream's result could still change while other prompts of the batch go on."""

@@ -31,11 +31,13 @@ class BeamState:
     running: Tensor  # [n, beams, t] int64
     running_scores: Tensor  # [n, beams] float32, as all scores
     running_beams: Tensor  # [n, beams, t] int32: the beam each token was chosen from
-    finished: Tensor  # [n, beams, t], filled up with the fill token
+    finished: Tensor  # [n, beams, t or less while `nothing_finished`], filled up with the fill token
     finished_scores: Tensor  # [n, beams]
-    finished_beams: Tensor  # [n, beams, t], filled up with -1
+    finished_beams: Tensor  # the same, filled up with -1
     is_finished: Tensor  # [n, beams] bool
     may_improve: Tensor  # [n, 1] bool
+    #: No beam has finished, and any that does will be the first: what is said of finished ones is as at the start.
+    nothing_finished: bool = True
     #: Records of each step, [n * beams, vocab] float32.
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
@@ -56,19 +58,6 @@ class BeamState:
             torch.zeros(shape, dtype=torch.bool, device=device),
             torch.ones((num_prompts, 1), dtype=torch.bool, device=device),
         )
-
-
-#: The tensors of a state, whose first dimension is its prompts.
-TENSORS = (
-    "running",
-    "running_scores",
-    "running_beams",
-    "finished",
-    "finished_scores",
-    "finished_beams",
-    "is_finished",
-    "may_improve",
-)
 
 
 @dataclass(frozen=True)
@@ -93,14 +82,18 @@ def finished_beams(group: SequenceGroup) -> list[list[FinishedBeam]]:
     ]
 
 
+def most_tokens(sequence: Sequence) -> float:
+    """New tokens with which the beams of the prompt of `sequence` come to their end."""
+    spec = sequence.call.sampling
+    most = sequence.ends_at
+    return most if spec.max_length is None else min(most, spec.max_length - spec.prompt_width)
+
+
 def finish_reason(sequence: Sequence, token_ids: list[int]) -> FinishReason:
     """Why a finished beam of the prompt of `sequence` ends where it does."""
     spec = sequence.call.sampling
     if token_ids and token_ids[-1] in spec.eos_token_ids:
         return FinishReason.STOP
-    most = sequence.ends_at
-    if spec.max_length is not None:
-        most = min(most, spec.max_length - spec.prompt_width)
-    if len(token_ids) >= most:
+    if len(token_ids) >= most_tokens(sequence):
         return FinishReason.LENGTH
     return FinishReason.STOP if spec.stop_rules.stop_strings else FinishReason.TIMEOUT

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from hf_paged.engine.request import Call, FinishReason
+from hf_paged.engine.wake import Wake
 from hf_paged.errors import EngineStateError, RequestCancelledError
 from hf_paged.kernels.cpu_workers import let_workers_go
 
@@ -74,7 +75,7 @@ class Crank:
 
         What is raised inside cancels them. Between two uses of what it gives, the thread does not hold the crank.
         """
-        wake, me = threading.Event(), threading.get_ident()
+        wake, me = Wake(), threading.get_ident()
         for call in calls:
             call.wake = wake
         with self._mutex:
@@ -209,7 +210,7 @@ class Crank:
         self._thread = threading.Thread(target=self._turn_until_done, name="hf_paged-engine", daemon=True)
         self._thread.start()
 
-    def _until(self, calls: Sequence[Call], wake: threading.Event, ready: Callable[[], bool]) -> None:
+    def _until(self, calls: Sequence[Call], wake: Wake, ready: Callable[[], bool]) -> None:
         while True:
             wake.clear()
             if ready():

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_paged.engine.adapters import Selection
     from hf_paged.engine.given_kv import GivenKV
+    from hf_paged.engine.wake import Wake
 
 
 class FinishReason(enum.StrEnum):
@@ -195,7 +196,7 @@ class Call:
     first_token_at: float | None = None
     finished_at: float | None = None
     done: threading.Event = field(default_factory=threading.Event)
-    wake: threading.Event | None = None  # set when the thread that waits for the call should look at it
+    wake: Wake | None = None  # set when the thread that waits for the call should look at it
 
     def add_row(
         self, prompt: list[int], max_new_tokens: int, *, num_pad: int = 0, fork_of: int | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria
 
 from hf_paged.engine.request import Call, FinishReason
+from hf_paged.generation.caller_lists import ends_nothing, processing
 from hf_paged.generation.outputs import Records, num_steps
 from hf_paged.generation.prepared import Prepared
 from hf_paged.generation.requests import has_eos, pad_token_id
@@ -40,23 +41,30 @@ def run_in_lockstep(engine: PagedEngine, prepared: Prepared, call: Call) -> Reco
     scores: tuple[Tensor, ...] | None = () if recorded and config.output_scores else None
     logits: tuple[Tensor, ...] | None = () if recorded and config.output_logits else None
     unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
+    all_go_on = True
+    process = processing(prepared.processors)
     with engine.attend([call]) as until:
         for step in range(prepared.max_new_tokens):
             until(lambda: call.lockstep.is_complete or call.done.is_set())
             _raise_error(call)
             row_logits = call.lockstep.take().to(ids.device)  # [rows, vocab]
-            row_scores = prepared.processors(ids, row_logits)
+            row_scores = process(ids, row_logits)
             if scores is not None:
                 scores += (row_scores,)
             if logits is not None:
                 logits += (row_logits,)
             tokens = _choose(call, row_scores, step)
-            if has_eos(prepared):
+            if not all_go_on and has_eos(prepared):
                 tokens = tokens * unfinished + (pad or 0) * (1 - unfinished)
             ids = torch.cat([ids, tokens[:, None]], dim=-1)
-            unfinished = unfinished & ~prepared.criteria(ids, scores)
-            ended = bool(unfinished.max() == 0)
-            engine.answer(call, tokens.tolist(), _finish_reasons(prepared, tokens, unfinished, step, ended))
+            numbers, ended = tokens.tolist(), False
+            reasons: list[FinishReason | None] = [None] * len(numbers)
+            if not ends_nothing(prepared.criteria, numbers, ids.shape[1]):
+                unfinished = unfinished & ~prepared.criteria(ids, scores)
+                ended = bool(unfinished.max() == 0)
+                reasons = _finish_reasons(prepared, tokens, unfinished, step, ended)
+                all_go_on = False
+            engine.answer(call, numbers, reasons)
             if prepared.streamer is not None:
                 prepared.streamer.put(tokens.cpu())
             if ended:

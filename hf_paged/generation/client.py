@@ -14,6 +14,7 @@ from hf_paged.errors import FallbackError, InvalidRequestError
 from hf_paged.generation.adapters import select
 from hf_paged.generation.handle import RequestHandle
 from hf_paged.generation.requests import build_call
+from hf_paged.generation.shared import preparations_of
 from hf_paged.generation.single import RequestPreparer
 from hf_paged.generation.view import GenerativeModel
 
@@ -85,7 +86,8 @@ class EngineClient:
             raise InvalidRequestError(f"logprobs={logprobs!r}: must be None or an int of at least 0")
         if tokenizer is not None:
             kwargs["tokenizer"] = tokenizer
-        request = RequestPreparer(self._model, self._engine, kwargs)(input_ids, generation_config)
+        shared = preparations_of(self._model, self._engine, generation_config, kwargs)
+        request = RequestPreparer(self._model, self._engine, kwargs, shared)(input_ids, generation_config)
         prepared = request.native
         if prepared is None:
             listed = "; ".join(map(str, request.reasons))

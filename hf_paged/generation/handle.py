@@ -41,7 +41,9 @@ class RequestHandle:
         #: When each token came: seconds of `time.perf_counter`.
         self.token_times: list[float] = []
         self._ended = False
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._over = threading.Condition(lock)  # only who reads tokens is woken by each of them
         self._watchers: list[Callable[[], object]] = []  # woken by each change
         self._enders: list[Callable[[], object]] = []  # woken by the end
         #: This handle, once for each event loop that waits for it: a loop holds its tasks weakly.
@@ -87,8 +89,8 @@ class RequestHandle:
             RequestCancelledError: it was cancelled.
             Exception: what the request failed with.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._ended, timeout):
+        with self._over:
+            if not self._over.wait_for(lambda: self._ended, timeout):
                 raise TimeoutError(f"the request has not ended within {timeout} s")
         return self._outcome()
 
@@ -202,6 +204,7 @@ class RequestHandle:
     def _on_finish(self, call: Call) -> None:
         with self._changed:
             self._ended = True
+            self._over.notify_all()
             self._notify(self._watchers)
             self._notify(self._enders)
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import logits_process as upstream
 from transformers.generation import stopping_criteria
 
 from hf_paged.errors import InvalidRequestError
@@ -20,6 +19,7 @@ from hf_paged.generation.fallback import FallbackReason, reason
 from hf_paged.generation.input_checks import length_reasons
 from hf_paged.generation.prepared import Prepared, prepare
 from hf_paged.generation.returned_cache import fill_pending
+from hf_paged.generation.shared import Preparations
 from hf_paged.generation.view import GenerativeModel, HubDecodingMode
 
 if TYPE_CHECKING:
@@ -38,38 +38,6 @@ _NOT_FOR_REQUESTS = {
     "output_scores": "the result is a GenerationResult",
     "output_logits": "the result is a GenerationResult",
 }
-#: Built-ins without a state, a prompt or a length of their own: one object may serve all requests of a
-#: config.
-_FREE = frozenset(
-    {
-        upstream.EpsilonLogitsWarper,
-        upstream.EtaLogitsWarper,
-        upstream.InfNanRemoveLogitsProcessor,
-        upstream.LogitNormalization,
-        upstream.MinPLogitsWarper,
-        upstream.NoRepeatNGramLogitsProcessor,
-        upstream.RepetitionPenaltyLogitsProcessor,
-        upstream.SuppressTokensLogitsProcessor,
-        upstream.TemperatureLogitsWarper,
-        upstream.TopKLogitsWarper,
-        upstream.TopPLogitsWarper,
-        upstream.TypicalLogitsWarper,
-        stopping_criteria.EosTokenCriteria,
-        stopping_criteria.MaxLengthCriteria,  # made anew for each length, see `_of_length`
-        stopping_criteria.StopStringCriteria,
-    }
-)
-#: The same, but made for prompts of one length.
-_BOUND_TO_LENGTH = frozenset(
-    {
-        upstream.ExponentialDecayLengthPenalty,
-        upstream.ForcedBOSTokenLogitsProcessor,
-        upstream.ForcedEOSTokenLogitsProcessor,
-        upstream.MinLengthLogitsProcessor,
-        upstream.MinNewTokensLengthLogitsProcessor,
-        upstream.SuppressTokensAtBeginLogitsProcessor,
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +64,20 @@ class RequestPreparer:
     Preparations (about 0.5 ms each) are shared by prompts of one config, or of one config and length, where
     nothing in them belongs to one prompt.
 
+    Args:
+        shared: those of earlier requests with equal arguments; None: there are none.
+
     Raises:
         InvalidRequestError: an argument has no meaning for requests.
     """
 
-    def __init__(self, model: GenerativeModel, engine: PagedEngine, kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: GenerativeModel,
+        engine: PagedEngine,
+        kwargs: Mapping[str, Any],
+        shared: Preparations | None = None,
+    ) -> None:
         for name, why in _NOT_FOR_REQUESTS.items():
             if kwargs.get(name) is not None:
                 raise InvalidRequestError(f"{name} is not an option of a single request: {why}")
@@ -109,8 +86,7 @@ class RequestPreparer:
         self._engine = engine
         self._kwargs = dict(kwargs)
         self._early = tuple(request_reasons(model, None, engine, (), kwargs))
-        #: By the config's other options, `max_new_tokens` and prompt length; None: for every limit and length.
-        self._shared: dict[tuple[Hashable, int | None, int | None], Prepared] = {}
+        self._shared = Preparations() if shared is None else shared
 
     def __call__(self, prompt: Any, config: GenerationConfig | None) -> Request:
         """The request for `prompt`, a 1-D list or tensor of token ids.
@@ -126,11 +102,11 @@ class RequestPreparer:
         if getattr(config, "token_healing", None):  # what is prepared for one prompt may serve others
             return Request(token_ids, None, (reason("token_healing"),))
         options, limit = _content(config), self._limit(config)
-        shared = self._shared.get((options, None, None)) or self._shared.get((options, limit, len(token_ids)))
+        shared = self._shared.find(options, limit, len(token_ids))
         if shared is None or limit is None:
             request = self._prepare(token_ids, config)
-            if request.native is not None and limit is not None:
-                self._share(request.native, options, limit, len(token_ids))
+            if request.native is not None:
+                self._shared.keep(request.native, options, limit, len(token_ids))
             return request
         prepared = _of_length(shared, torch.tensor([token_ids], device=shared.input_ids.device), limit)
         return _checked(token_ids, prepared, length_reasons(self._engine, prepared))
@@ -139,16 +115,6 @@ class RequestPreparer:
         """`max_new_tokens` of a request where it is given plainly, else None."""
         limit = self._kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
         return limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else None
-
-    def _share(self, prepared: Prepared, options: Hashable, limit: int, length: int) -> None:
-        parts = {type(part) for part in (*prepared.processors, *prepared.criteria)}
-        # Beam search reads more than its criteria from the config, which is made for one length.
-        if prepared.max_length != length + limit or prepared.method == "_beam_search":
-            return
-        if parts <= _FREE:
-            self._shared[options, None, None] = prepared
-        elif parts <= _FREE | _BOUND_TO_LENGTH:
-            self._shared[options, limit, length] = prepared
 
     def arguments(self, token_ids: list[int], config: GenerationConfig | None) -> dict[str, Any]:
         """The arguments of the `generate()` that equals a request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -51,6 +52,29 @@ def test_equal_calls_are_merged_once_and_as_upstream_does(model: Any, calls: lis
     for _ in range(3):
         merged(model, input_ids=IDS, max_new_tokens=7, do_sample=True, temperature=0.5)
     assert len(calls) == 1 + 3  # upstream's own three are for comparison
+
+
+def test_calls_of_other_lengths_are_merged_once_too(model: Any, calls: list[str]) -> None:
+    for limit in (7, 8, 1):
+        assert merged(model, input_ids=IDS, max_new_tokens=limit)[0]["max_new_tokens"] == limit
+    assert len(calls) == 1 + 3
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, None])
+def test_limits_that_are_no_positive_numbers_are_upstreams_business(model: Any, limit: Any) -> None:
+    def outcome(generator: Any) -> Any:
+        try:
+            return vars(generator(None, max_new_tokens=limit)[0])
+        except ValueError as error:
+            return str(error)
+
+    view = make_view(model, lambda *a, **k: None)
+    view._prepare_generation_config(None, max_new_tokens=5)
+    ours = outcome(view._prepare_generation_config)
+    theirs = outcome(functools.partial(type(model)._prepare_generation_config, model))
+    assert ours == theirs
+    if isinstance(ours, dict):
+        assert type(ours["max_new_tokens"]) is type(limit)
 
 
 @pytest.mark.parametrize(

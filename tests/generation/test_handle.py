@@ -238,3 +238,19 @@ def test_a_handle_awaited_by_a_task_nobody_holds_is_not_dropped(model: Any) -> N
 
     asyncio.run(asyncio.wait_for(main(), 60))
     assert results[0].token_ids == expected(PROMPTS[0], **LONG)
+
+
+def test_who_waits_for_the_result_is_woken_by_the_end_alone(model: Any) -> None:
+    handle = hf_paged.engine(model).submit(PROMPTS[0], **LONG)
+    woken: list[int] = []
+    original = handle._over.wait
+
+    def wait(timeout: float | None = None) -> bool:
+        came = original(timeout)
+        woken.append(len(handle._tokens))
+        return came
+
+    handle._over.wait = wait  # type: ignore[method-assign]
+    result = handle.result(timeout=60)
+    assert len(result.token_ids) == 110
+    assert woken in ([], [110])
