@@ -167,7 +167,7 @@ class CallTable:
             self.runtime.close()
             self.runtime = None
         for seq in (s for c in (*calls, *others) for s in c.sequences):
-            seq.block_table, seq.block_keys, seq.num_computed = [], [], 0
+            seq.block_table, seq.block_keys, seq.num_computed, seq.num_ahead = [], [], 0, 0
             if seq.status is Status.RUNNING:
                 seq.status = Status.WAITING
         for call in calls:
