@@ -1,4 +1,4 @@
-"""Steps one ahead of a model of the device: what may be planned, who gets tokens, and what of a surplus token is left."""
+"""Steps one ahead of a model of the device: what may be planned, who gets tokens, what a surplus token leaves."""
 
 from __future__ import annotations
 
