@@ -125,15 +125,19 @@ def next_token_after(history: list[int]) -> int:
 @given(
     seed=st.integers(0, 10**6),
     num_blocks=st.integers(10, 40),
+    block_size=st.sampled_from([1, 4]),
     ends=st.sampled_from([0, 2, 5]),
     patient=st.booleans(),
 )
 def test_tokens_are_those_of_each_sequence_alone(
-    seed: int, num_blocks: int, ends: int, patient: bool
+    seed: int, num_blocks: int, block_size: int, ends: int, patient: bool
 ) -> None:
     source = random.Random(seed)
     scheduler = make_scheduler(
-        num_blocks, 4, max_num_seqs=source.choice([2, 8]), max_num_batched_tokens=source.choice([8, 64])
+        num_blocks * 4 // block_size,
+        block_size,
+        max_num_seqs=source.choice([2, 8]),
+        max_num_batched_tokens=source.choice([8, 64]),
     )
     device = AheadDevice(scheduler, ends, patient=patient)
     calls: list[Call] = []
@@ -221,6 +225,16 @@ def test_a_sequence_preempted_with_a_token_on_its_way_waits_for_it() -> None:
     assert (late.num_ahead, late.num_generated) == (0, 6)
     device.run_all()
     assert [c.sequences[0].generated_ids for c in calls] == [device.alone([i] * 3, 9) for i in (1, 2)]
+
+
+def test_no_sequence_starts_again_before_its_token_has_come() -> None:
+    scheduler = make_scheduler(num_blocks=64)
+    call = make_call([1, 2])
+    scheduler.add(call)
+    call.sequences[0].num_ahead = 1
+    assert scheduler.schedule() is None
+    call.sequences[0].num_ahead = 0
+    assert scheduler.schedule().sequences == call.sequences
 
 
 def test_nothing_is_planned_ahead_where_blocks_are_short() -> None:
