@@ -8,6 +8,8 @@ tokens stay where they are, for the next step to go on with, and a copy of them 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from hf_paged.engine.draws import multinomial_error
 from hf_paged.engine.host_copy import PendingCopy, to_device
 from hf_paged.engine.request import Call, Sequence
-from hf_paged.engine.sampler import divide_seeded, most_rows, process
+from hf_paged.engine.sampler import divide_seeded, logprobs_of, most_logprobs, most_rows, process
 
 __all__ = ["ChosenTokens", "choose"]
 
@@ -30,11 +32,19 @@ class ChosenTokens:
         tokens: [R] int64 on the device, each a token id whatever went wrong.
         told: the same, or `_NOT_NUMBERS`.
         errors: what rows fail with for other reasons.
+        records: of some rows, what `sampler.logprobs_of` gives.
     """
 
-    def __init__(self, tokens: Tensor, told: Tensor, errors: dict[int, BaseException]) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        told: Tensor,
+        errors: dict[int, BaseException],
+        records: list[tuple[list[int], tuple[Tensor, ...]]],
+    ) -> None:
         self.tokens = tokens
         self._copy = PendingCopy(told)
+        self._records = [(rows, [PendingCopy(part) for part in parts]) for rows, parts in records]
         self._errors = errors
 
     @property
@@ -63,6 +73,13 @@ class ChosenTokens:
             told[row] = error
         return told
 
+    def logprobs(self) -> dict[int, tuple[Any, ...]]:
+        """By row, where they were asked for, what `sampler.note_logprobs` takes after the token."""
+        found: dict[int, tuple[Any, ...]] = {}
+        for rows, parts in self._records:
+            found |= dict(zip(rows, zip(*(part.wait() for part in parts), strict=True), strict=True))
+        return found
+
 
 def choose(
     logits: Tensor,
@@ -83,7 +100,7 @@ def choose(
     for i, sequence in enumerate(sequences):
         spec = sequence.call.sampling
         groups.setdefault(None if spec.plain else spec.signature, []).append(i)
-    errors: dict[Call, BaseException] = {}
+    choosing = _Choosing(argmax_rows, newest)
     parts: list[tuple[Tensor, Tensor]] = []
     order: list[int] = []
     for key, indices in groups.items():
@@ -91,36 +108,51 @@ def choose(
         for start in range(0, len(indices), chunk):
             part = indices[start : start + chunk]
             order += part
-            whole = len(part) == len(sequences)
-            own = logits if whole else logits[to_device(torch.tensor(part), logits.device)]
+            own = (
+                logits
+                if len(part) == len(sequences)
+                else logits[to_device(torch.tensor(part), logits.device)]
+            )
             if key is None:
                 tokens = argmax_rows(own)
                 parts.append((tokens, tokens))
             else:
-                chosen = [sequences[i] for i in part]
-                parts.append(_choose_special(own.float(), chosen, argmax_rows, newest, errors))
+                parts.append(choosing.choose(own.float(), [sequences[i] for i in part], part))
     tokens, told = parts[0]
     if len(parts) > 1:
         back = to_device(torch.tensor(order).argsort(), logits.device)
         tokens, told = (torch.cat(column)[back] for column in zip(*parts, strict=True))
-    failed = {i: errors[s.call] for i, s in enumerate(sequences) if s.call in errors}
-    return ChosenTokens(tokens, told, failed)
+    errors = {i: choosing.errors[s.call] for i, s in enumerate(sequences) if s.call in choosing.errors}
+    return ChosenTokens(tokens, told, errors, choosing.records)
 
 
-def _choose_special(
-    logits: Tensor,
-    sequences: list[Sequence],
-    argmax_rows: Callable[[Tensor], Tensor],
-    newest: Mapping[Sequence, Tensor],
-    errors: dict[Call, BaseException],
-) -> tuple[Tensor, Tensor]:
-    """Tokens, and what to tell of them, of rows of equal signature; `errors` gets what processors raised."""
-    scores = process(logits, sequences, errors, newest)
-    if not sequences[0].call.sampling.do_sample:
-        tokens = argmax_rows(scores.contiguous())
-        return tokens, tokens
-    probs = torch.softmax(scores, dim=-1)
-    bad = torch.isnan(probs[:, 0])  # a row that has one such probability has no other
-    divide_seeded(probs, sequences, errors)
-    tokens = argmax_rows(probs)
-    return tokens, tokens.masked_fill(bad, _NOT_NUMBERS)
+@dataclass
+class _Choosing:
+    """The choice of rows that want more than an argmax, and what comes of it besides tokens."""
+
+    argmax_rows: Callable[[Tensor], Tensor]
+    newest: Mapping[Sequence, Tensor]
+    errors: dict[Call, BaseException] = field(default_factory=dict)
+    records: list[tuple[list[int], tuple[Tensor, ...]]] = field(default_factory=list)
+
+    def choose(self, logits: Tensor, sequences: list[Sequence], rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Tokens, and what to tell of them, of sequences of equal signature, which are `rows` of the step."""
+        scores = process(logits, sequences, self.errors, self.newest)
+        if sequences[0].call.sampling.do_sample:
+            probs = torch.softmax(scores, dim=-1)
+            bad = torch.isnan(probs[:, 0])  # a row that has one such probability has no other
+            divide_seeded(probs, sequences, self.errors)
+            tokens = self.argmax_rows(probs)
+            told = tokens.masked_fill(bad, _NOT_NUMBERS)
+        else:
+            tokens = told = self.argmax_rows(scores.contiguous())
+        wanted: dict[bool, list[int]] = {}
+        for i, sequence in enumerate(sequences):
+            if sequence.call.sampling.logprobs is not None:
+                wanted.setdefault(sequence.call.sampling.raw_logprobs, []).append(i)
+        for raw, places in wanted.items():
+            index = to_device(torch.tensor(places), logits.device)
+            width = most_logprobs([sequences[i] for i in places])
+            found = logprobs_of((logits if raw else scores)[index], tokens[index], width)
+            self.records.append(([rows[i] for i in places], found))
+        return tokens, told

@@ -11,6 +11,7 @@ from hf_paged.engine import beam_steps, lockstep, positions
 from hf_paged.engine.call_table import CallTable
 from hf_paged.engine.request import Call, FinishReason, Sequence, Status
 from hf_paged.engine.runtime import Runtime
+from hf_paged.engine.sampler import note_logprobs
 
 
 class TokenIntake(CallTable):
@@ -72,6 +73,7 @@ class TokenIntake(CallTable):
         self.step_started = before or time.perf_counter()
         try:
             tokens = flight.tokens.wait()
+            logprobs = flight.tokens.logprobs()
         except Exception as error:  # the device's own, of whatever was launched: the step is lost
             self.failure = error
             self.fail(dict.fromkeys(s.call for s in flight.plan.sequences), error)
@@ -79,6 +81,9 @@ class TokenIntake(CallTable):
         finally:
             self.step_started = before
         wanted = [pair for pair in zip(flight.sequences, tokens, strict=True) if is_there(pair[0])]
+        for seq, token in wanted:
+            if (numbers := logprobs.get(flight.rows[seq])) is not None and isinstance(token, int):
+                note_logprobs(seq, token, *numbers)
         self._append(
             runtime, [s for s, _ in wanted], [t if isinstance(t, BaseException) else [t] for _, t in wanted]
         )

@@ -127,7 +127,9 @@ class Sampler:
             if spec.logprobs is not None:
                 recording.setdefault(spec.raw_logprobs, []).append(i)
         for raw, rows in recording.items():
-            _record_logprobs(logits if raw else scores, sequences, tokens, rows)
+            _record_logprobs(
+                (logits if raw else scores)[rows], [sequences[i] for i in rows], [tokens[i] for i in rows]
+            )
         return tokens
 
 
@@ -237,14 +239,30 @@ def _line(sequence: Sequence, newest: Mapping[Sequence, Tensor]) -> Line:
     )
 
 
-def _record_logprobs(
-    scores: Tensor, sequences: list[Sequence], tokens: list[int], recording: list[int]
-) -> None:
-    logprobs = torch.log_softmax(scores[recording], dim=-1)
-    chosen = logprobs.gather(1, torch.tensor([[tokens[i]] for i in recording], device=scores.device))
-    width = min(scores.shape[1], max(sequences[i].call.sampling.logprobs for i in recording))
-    values, ids = (part.tolist() for part in logprobs.topk(width, dim=-1))
-    for n, i in enumerate(recording):
-        spec: SamplingSpec = sequences[i].call.sampling
-        top = list(zip(ids[n], values[n], strict=True))[: spec.logprobs]
-        spec.token_logprobs[sequences[i].row].append(TokenLogprobs(tokens[i], float(chosen[n]), top))
+def _record_logprobs(scores: Tensor, sequences: list[Sequence], tokens: list[int]) -> None:
+    chosen = torch.tensor(tokens, device=scores.device)
+    found = logprobs_of(scores, chosen, most_logprobs(sequences))
+    for sequence, token, *numbers in zip(sequences, tokens, *map(to_host, found), strict=True):
+        note_logprobs(sequence, token, *numbers)
+
+
+def most_logprobs(sequences: list[Sequence]) -> int:
+    return max(sequence.call.sampling.logprobs for sequence in sequences)
+
+
+def logprobs_of(scores: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of `tokens` [n] by `scores` [n, vocab], then of the most probable ones, and which these are.
+
+    Returns:
+        [n], [n, width] and [n, width], fewer of a smaller vocabulary.
+    """
+    logprobs = torch.log_softmax(scores, dim=-1)
+    values, ids = logprobs.topk(min(scores.shape[1], width), dim=-1)
+    return logprobs.gather(1, tokens[:, None])[:, 0], values, ids
+
+
+def note_logprobs(sequence: Sequence, token: int, chosen: float, values: list[float], ids: list[int]) -> None:
+    """Records a row of `logprobs_of` for the next token of `sequence`."""
+    spec: SamplingSpec = sequence.call.sampling
+    top = list(zip(ids, values, strict=True))[: spec.logprobs]
+    spec.token_logprobs[sequence.row].append(TokenLogprobs(token, chosen, top))

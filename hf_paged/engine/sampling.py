@@ -117,7 +117,6 @@ class SamplingSpec:
             or rules.need_history(self.processors)
             or self.output_scores
             or self.output_logits
-            or self.logprobs is not None
             or self.edit is not None
             or self.beams is not None
         )

@@ -131,6 +131,29 @@ def test_a_processor_that_raises_fails_its_call_only() -> None:
     assert isinstance(tokens[1], ValueError)
 
 
+@pytest.mark.parametrize("kind", ["none", "top_k", "penalty"])
+def test_log_probabilities_are_the_samplers(kind: str) -> None:
+    wanted: list[dict[str, Any]] = [
+        {"logprobs": 3},
+        {},
+        {"logprobs": 0, "raw_logprobs": True},
+        {"logprobs": 60},
+    ]
+    calls = [make_call(kind, seed, **spec) for spec in wanted for seed in (None, 1)]
+    sequences = [s for call in calls for s in call.sequences]
+    assert all(call.sampling.on_device for call in calls)
+    logits = logits_of(len(sequences), 3, torch.float32)
+    chosen = device_sampling.choose(logits, sequences, Sampler().argmax_rows, {})
+    for row, numbers in chosen.logprobs().items():
+        sampler.note_logprobs(sequences[row], chosen.wait()[row], *numbers)
+    ahead = [call.sampling.token_logprobs[0][:] for call in calls]
+    for call in calls:
+        call.sampling.token_logprobs[0].clear()
+    assert Sampler().sample(logits, sequences) == chosen.wait()
+    assert ahead == [call.sampling.token_logprobs[0] for call in calls]
+    assert [len(entries) for entries in ahead] == [1, 1, 0, 0, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "rows, expected",
     [([0, 1, 2], [10, 11, 12, 3]), ([2, -1], [12, 1, 2, 3]), ([-1, 0, -1, 1], [0, 10, 2, 11])],
@@ -138,7 +161,7 @@ def test_a_processor_that_raises_fails_its_call_only() -> None:
 def test_tokens_are_put_where_a_step_wants_them(rows: list[int], expected: list[int]) -> None:
     tokens = torch.tensor([10, 11, 12])
     ids = torch.arange(4)
-    device_sampling.ChosenTokens(tokens, tokens, {}).put(ids, rows)
+    device_sampling.ChosenTokens(tokens, tokens, {}, []).put(ids, rows)
     assert ids.tolist() == expected
 
 
@@ -149,7 +172,6 @@ def test_tokens_are_put_where_a_step_wants_them(rows: list[int], expected: list[
         {"processors": [upstream.NoRepeatNGramLogitsProcessor(2)]},
         {"output_scores": True},
         {"output_logits": True},
-        {"logprobs": 0},
         {"edit": lambda generated, logits: None},
     ],
     ids=lambda what: next(iter(what)),

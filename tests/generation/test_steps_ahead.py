@@ -86,12 +86,12 @@ def asked(source: random.Random, hosted: bool) -> Asked:
             "min_p": source.choice([None, 0.05]),
         }
     options["repetition_penalty"] = source.choice([1.0, 1.0, 1.3])
+    options["logprobs"] = source.choice([None, None, 0, 2])
     if source.random() < 0.2:
         options["min_new_tokens"] = min(3, options["max_new_tokens"])
     if hosted and source.random() < 0.4:
         options |= source.choice(
             [
-                {"logprobs": 2},
                 {"no_repeat_ngram_size": 2},
                 {"prompt_lookup_num_tokens": 3},
                 {"logits_edit": no_edit},
@@ -154,6 +154,8 @@ def test_a_storm_of_requests_comes_out_as_step_by_step(
             blocks_cached.append(set(engine_of(model)._loop.runtime.manager._by_key))
             assert stats.steps_ahead > 0 if ahead and not hosted else ahead or not stats.steps_ahead
     for request, in_turn, one_ahead in zip(requests, *found, strict=True):
+        if request.options["logprobs"] is not None:
+            assert len(one_ahead[2]) == len(one_ahead[0])
         if request.cancel_after is None:
             assert one_ahead[:2] == in_turn[:2], request
             assert probabilities(one_ahead) == pytest.approx(probabilities(in_turn), abs=1e-4)
@@ -327,10 +329,10 @@ def test_a_request_that_wants_the_host_keeps_all_in_step_while_it_runs(
         expected = client.submit(prompts[0], **long).result().token_ids
         hf_paged.reset_stats(model)
         before = hf_paged.stats(model).steps_ahead
-        with_probabilities = client.submit(prompts[1], logprobs=1, **long | {"max_new_tokens": 80})
+        hosted = client.submit(prompts[1], no_repeat_ngram_size=2, **long | {"max_new_tokens": 80})
         plain = client.submit(prompts[0], **long)
         assert plain.result().token_ids == expected
-        assert len(with_probabilities.result().logprobs) == 80
+        assert len(hosted.result().token_ids) == 80
         assert hf_paged.stats(model).steps_ahead - before <= 1
         client.submit(prompts[0], **long).result()
         assert hf_paged.stats(model).steps_ahead - before > 50
