@@ -338,6 +338,29 @@ def test_a_request_that_wants_the_host_keeps_all_in_step_while_it_runs(
         assert hf_paged.stats(model).steps_ahead - before > 50
 
 
+def test_calls_of_other_ambient_states_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of a step in inference mode are the input of no step outside of it, but lie beside it in flight."""
+    prompts = random_prompts([4, 5, 6, 7])
+    found = []
+    for ahead in (False, True):
+        switched(monkeypatch, ahead)
+        with enabled(make_model("llama")) as model, native_calls(model, 4):
+            client = hf_paged.engine(model)
+            handles = []
+            for i, prompt in enumerate(prompts):
+                with torch.inference_mode(i % 2 == 0):
+                    options = GREEDY | {
+                        "do_sample": True,
+                        "seed": i,
+                        "repetition_penalty": 1.2,
+                        "logprobs": 1,
+                    }
+                    handles.append(client.submit(prompt, **options))
+            found.append([h.result(timeout=60).token_ids for h in handles])
+            assert (hf_paged.stats(model).steps_ahead > 0) == ahead
+    assert found[0] == found[1]
+
+
 def test_weights_that_change_fail_who_runs_and_nobody_later(monkeypatch: pytest.MonkeyPatch) -> None:
     switched(monkeypatch, True)
     model, plain = make_model("llama"), make_model("llama")
