@@ -96,8 +96,10 @@ class StepLoop(TokenIntake):
         return ahead if suits else None
 
     def _run(self, runtime: Runtime, plan: StepPlan, start: float, ahead: StepsAhead | None) -> None:
-        """Args:
-        ahead: what to leave the step's tokens in flight with; None: they are waited for.
+        """Runs a step, and takes in the tokens of the one before, if that is in flight.
+
+        Args:
+            ahead: where to leave the step's own tokens in flight; None: they are waited for.
         """
         for seq in plan.sequences:
             if seq.call.first_scheduled_at is None:

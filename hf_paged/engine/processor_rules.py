@@ -163,9 +163,8 @@ class RepetitionRule(Rule):
     def apply(self, stage: int, lines: list[Line], scores: Tensor) -> Tensor:
         processor: Any = copy.copy(lines[0].processors[stage])
         processor.prompt_ignore_length = None
-        penalised = [
-            line.history()[self._num_ignored(line.processors[stage], line, scores) :] for line in lines
-        ]
+        ignored = [self._num_ignored(line.processors[stage], line, scores) for line in lines]
+        penalised = [line.history()[count:] for line, count in zip(lines, ignored, strict=True)]
 
         def run(indices: list[int], scores: Tensor) -> Tensor:
             ids = np.empty((len(indices), max(len(penalised[i]) for i in indices)), dtype=np.int64)
@@ -174,9 +173,10 @@ class RepetitionRule(Rule):
                 out[len(penalised[i]) :] = penalised[i][-1:]
             return processor(_with_newest(ids, [lines[i] for i in indices], scores), scores)
 
+        # Those of which only the newest token counts go apart: there is no known one to fill up with.
         labels = [
-            len(tokens) > 0 if len(tokens) or line.newest is not None else None
-            for tokens, line in zip(penalised, lines, strict=True)
+            None if count == line.length else len(tokens) > 0
+            for tokens, line, count in zip(penalised, lines, ignored, strict=True)
         ]
         return _in_groups(labels, scores, run)
 

@@ -26,6 +26,7 @@ WARPERS: dict[str, Any] = {
     "min_p": lambda: [upstream.TemperatureLogitsWarper(0.9), upstream.MinPLogitsWarper(0.1)],
     "penalty": lambda: [PENALTY(1.4)],
     "penalty_behind_prompt": lambda: [PENALTY(1.4, prompt_ignore_length=3), upstream.TopKLogitsWarper(9)],
+    "penalty_behind_pads": lambda: [PENALTY(1.9, prompt_ignore_length=torch.tensor([5]))],
     "length": lambda: [upstream.MinNewTokensLengthLogitsProcessor(3, 2, [1]), upstream.TopKLogitsWarper(9)],
     "others": lambda: [upstream.TypicalLogitsWarper(0.9), upstream.EpsilonLogitsWarper(0.01)],
 }
