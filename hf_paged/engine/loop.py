@@ -70,6 +70,8 @@ class StepLoop(TokenIntake):
                 self._fail_stuck(runtime)
         for call, error in failed:
             self.fail([call], error)
+        if ahead is not None and not self.calls:
+            ahead.finish()  # here, where nobody waits for the lock of the crank meanwhile
         return True
 
     def _adapters_moved(self, gate: AdapterGate) -> list[tuple[Call, Exception]]:

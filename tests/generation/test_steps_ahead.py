@@ -318,6 +318,22 @@ def test_the_end_of_a_text_costs_one_step_that_nobody_counts(monkeypatch: pytest
         assert hf_paged.stats(model).steps == len(row)
 
 
+def test_a_cancelled_request_leaves_nothing_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    switched(monkeypatch, True)
+    watched = Watched(monkeypatch)
+    with enabled(make_model("llama")) as model:
+        client = hf_paged.engine(model)
+        handle = client.submit(random_prompts([5])[0], **GREEDY | {"max_new_tokens": 100})
+        next(iter(handle))
+        handle.cancel()
+        with pytest.raises(RequestCancelledError):
+            handle.result(timeout=60)
+        engine_of(model).drain()
+        assert engine_of(model)._loop.runtime.ahead.flight is None
+        assert watched.events.count("wait") == watched.events.count("launch")
+        assert hf_paged.stats(model).kv_blocks_used == 0
+
+
 def test_a_request_that_wants_the_host_keeps_all_in_step_while_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
