@@ -106,6 +106,19 @@ def test_a_penalty_sees_the_token_that_only_the_device_knows() -> None:
         assert tokens.wait() == [expected]
 
 
+@pytest.mark.parametrize("ignored, expected", [(3, 8), (4, 7), (5, 7)])
+def test_a_penalty_leaves_out_a_newest_token_among_those_it_ignores(ignored: int, expected: int) -> None:
+    """Upstream counts what it ignores in columns of the mask, which may be more than the ids have."""
+    call = make_call("penalty", None)
+    call.sampling.processors[0].prompt_ignore_length = torch.tensor([ignored])
+    sequence = call.sequences[0]
+    sequence.num_ahead = 1  # the fourth
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7], logits[0, 8] = 2.0, 1.9
+    chosen = device_sampling.choose(logits, [sequence], Sampler().argmax_rows, {sequence: torch.tensor([7])})
+    assert chosen.wait() == [expected]
+
+
 def test_a_row_of_no_numbers_fails_as_it_does_in_the_sampler() -> None:
     calls = [make_call("top_k", seed) for seed in (1, 2, 3)]
     sequences = [s for call in calls for s in call.sequences]
