@@ -18,7 +18,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
     From pinned memory, which torch keeps until the copy is done: from any other the host would wait for the device.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -40,7 +40,7 @@ class PendingCopy:
         self._event: Any = None
         if self._stream is None:
             return
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record(self._stream)

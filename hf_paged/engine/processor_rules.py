@@ -238,7 +238,8 @@ def _in_groups(
         return run(list(range(len(labels))), scores)
     result = scores.clone(memory_format=torch.contiguous_format)
     for indices in groups.values():
-        result[indices] = run(indices, scores[indices])
+        index = to_device(torch.tensor(indices), scores.device)  # a list would be copied, and waited for
+        result[index] = run(indices, scores[index])
     return result
 
 

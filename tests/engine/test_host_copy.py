@@ -41,7 +41,8 @@ def test_a_pending_copy_waits_for_its_own_numbers_only() -> None:
 @pytest.mark.gpu
 def test_copies_do_not_wait_for_the_work_before_them() -> None:
     device = torch.device("cuda")
-    to_device(torch.arange(4), device)
+    # What is loaded and pinned at its first use may well wait.
+    PendingCopy(to_device(torch.arange(4), device) + 1).wait()
     slow_work(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
