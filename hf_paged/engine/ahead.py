@@ -15,7 +15,7 @@ Plans and sequences only; the loop launches, waits, and goes step by step wherev
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,12 +54,24 @@ class StepsAhead:
     def __init__(self) -> None:
         self.flight: Flight | None = None
         self.num_steps = 0  # launched while another was in flight
+        self._hosted: set[Call] = set()
+        self._forking: set[Call] = set()
 
-    def suits(self, calls: Iterable[Call], scheduler: Scheduler) -> bool:
-        """Whether nobody wants anything of the host between two steps."""
-        if any(_needs_host(call) for call in calls):
-            return False
-        return not any(seq.will_be_forked for seq in scheduler.waiting if seq.fork_of is not None)
+    def take_up(self, call: Call) -> None:
+        """`call` is among those that run, or wait to, from now on."""
+        if _needs_host(call):
+            self._hosted.add(call)
+        elif any(seq.fork_of is not None for seq in call.sequences):
+            self._forking.add(call)
+
+    def suits(self, calls: Container[Call]) -> bool:
+        """Whether none of `calls`, all that have not ended, wants anything of the host between two steps."""
+        if self._hosted:
+            self._hosted = {call for call in self._hosted if call in calls}
+        if self._forking:
+            # Rows get their share of a prompt with the first token after it.
+            self._forking = {c for c in self._forking if any(s.will_be_forked for s in c.sequences)}
+        return not self._hosted and not self._forking
 
     def may_plan(self, scheduler: Scheduler) -> bool:
         """Whether the next step can be planned while one is in flight.
@@ -125,15 +137,13 @@ def _has_room(scheduler: Scheduler) -> bool:
 
 def _needs_host(call: Call) -> bool:
     """Whether the host chooses, records or changes something between two steps of `call`."""
-    if call.needs_host is None:
-        call.needs_host = (
-            call.sampling is None
-            or not call.sampling.on_device
-            or call.lockstep is not None
-            or call.speculation is not None
-            or call.states is not None
-            or call.run_on
-            or call.keep_kv
-            or any(s.group is not None or s.given_kv is not None for s in call.sequences)
-        )
-    return call.needs_host
+    return (
+        call.sampling is None
+        or not call.sampling.on_device
+        or call.lockstep is not None
+        or call.speculation is not None
+        or call.states is not None
+        or call.run_on
+        or call.keep_kv
+        or any(s.group is not None or s.given_kv is not None for s in call.sequences)
+    )

@@ -92,7 +92,7 @@ class StepLoop(TokenIntake):
         Returns:
             `ahead` if the next step may be left in flight.
         """
-        suits = ahead.suits(self.calls, runtime.scheduler)
+        suits = ahead.suits(self.calls)
         if not (suits and ahead.may_plan(runtime.scheduler)):
             self._land(runtime)
         return ahead if suits else None

@@ -200,7 +200,6 @@ class Call:
     #: does not end with the last fails the call (`engine.positions`).
     position_bound: bool = False
     keep_kv: bool = False  # blocks stay with the finished sequences until `PagedEngine.release_kv`
-    needs_host: bool | None = None  # between two of its steps (`engine.ahead`); None: nobody has asked yet
     #: Copies the kept blocks out and gives them back; None until the call is in the hands of its user.
     spill: Callable[[], object] | None = None
     sequences: list[Sequence] = field(default_factory=list)

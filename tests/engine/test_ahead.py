@@ -270,23 +270,26 @@ def test_tokens_made_on_another_stream_are_waited_for() -> None:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_a_call_that_wants_the_host_keeps_all_in_step(options: dict[str, Any]) -> None:
-    ahead, scheduler = StepsAhead(), make_scheduler()
-    plain = Call(ON_DEVICE)
+def test_a_call_that_wants_the_host_keeps_all_in_step_until_it_ends(options: dict[str, Any]) -> None:
+    ahead = StepsAhead()
+    plain, hosted = Call(ON_DEVICE), Call(**{"sampling": ON_DEVICE, **options})
     plain.add_row([1], 4)
-    assert ahead.suits([plain], scheduler)
-    assert not ahead.suits([plain, Call(**{"sampling": ON_DEVICE, **options})], scheduler)
+    ahead.take_up(plain)
+    assert ahead.suits([plain])
+    ahead.take_up(hosted)
+    assert not ahead.suits([plain, hosted])
+    assert ahead.suits([plain])
 
 
 def test_rows_that_share_a_prompt_are_forked_before_anything_is_ahead() -> None:
-    ahead, scheduler = StepsAhead(), make_scheduler(num_blocks=64)
+    ahead = StepsAhead()
     call = Call(ON_DEVICE)
     call.add_row([1, 2], 4)
     call.add_row([1, 2], 4, fork_of=0)
-    scheduler.add(call)
-    assert not ahead.suits([call], scheduler)
+    ahead.take_up(call)
+    assert not ahead.suits([call])
     call.sequences[0].token_ids.append(5)
-    assert ahead.suits([call], scheduler)
+    assert ahead.suits([call])
 
 
 def test_the_end_waits_for_the_device_and_forgets() -> None:
