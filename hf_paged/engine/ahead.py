@@ -97,11 +97,15 @@ class StepsAhead:
         return flight
 
     def finish(self) -> None:
-        """Waits for what is in flight, which nobody wants any more: the engine is idle only when the device is."""
-        if (flight := self.land()) is None:
-            return
+        """Lets go of what is in flight. The engine is idle only when the device is."""
+        if (flight := self.land()) is not None:
+            self.discard(flight.tokens)
+
+    @staticmethod
+    def discard(tokens: Tokens) -> None:
+        """Waits for what nobody wants any more."""
         with contextlib.suppress(Exception):  # its calls have ended: the next step will meet what is wrong
-            flight.tokens.wait()
+            tokens.wait()
 
     def pass_on(self, plan: StepPlan, ids: Any) -> None:
         """A step is launched: gives it the tokens in flight, into its `ids` on the device [T]."""

@@ -121,6 +121,8 @@ class StepLoop(TokenIntake):
             return
         trouble = self._land(runtime)  # of the step before, while this one runs
         if self._fail_lost(plan) or self._fail_stale(runtime, plan):
+            if ahead is not None and chosen is not None:
+                ahead.discard(chosen)
             return  # the others' tokens are planned again
         self.failure, self.step_started, self.stuck_since = trouble, None, None
         runtime.stepped()
