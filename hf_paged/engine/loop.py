@@ -129,7 +129,9 @@ class StepLoop(TokenIntake):
         if recording is not None:
             states.keep(plan, recording)
         runtime.scheduler.advance(plan)
-        if num_left := sum(map(is_there, plan.sequences)):
+        # Step by step none has ended meanwhile.
+        num_left = len(plan.sequences) if ahead is None else sum(map(is_there, plan.sequences))
+        if num_left:
             self.counters.count_step(runtime.scheduler, num_left)
         if chosen is not None and ahead is not None:
             ahead.launched(plan, [plan.sequences[i] for i in plan.sample_indices], chosen)
