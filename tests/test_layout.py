@@ -55,6 +55,7 @@ RULES = {
         banned=_OUTER,
     ),
     "hf_paged.engine.adapter_gate": below("engine.request", *_POLICY, banned=_OUTER),
+    "hf_paged.engine.ahead": below("engine.request", "engine.scheduler", *_POLICY, banned=_OUTER),
     "hf_paged.patches": below("patches", "kernels", *_POLICY),
     "hf_paged.generation": below("generation", "engine", *_POLICY),
     "hf_paged.integrations": below(

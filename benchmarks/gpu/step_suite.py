@@ -13,6 +13,7 @@ import torch
 
 import hf_paged
 from benchmarks.gpu.bench import Bench, Case
+from benchmarks.gpu.idle import idle_share
 from benchmarks.gpu.models import Lent, engine_options
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.shapes import MODELS, TINY_MODELS, kv_bytes_per_token, read_bytes
@@ -49,6 +50,9 @@ def _step(bench: Bench, lent: Lent, batch: int) -> Row:
             _generate(model, prompts, new)
         step_s = _seconds_between(trace, batch)
         forward_s = _forward_seconds(bench, recording.steps, batch)
+        with idle_share(bench.device, batch) as idle:
+            _generate(model, prompts, new)
+        steps_ahead = hf_paged.stats(model).steps_ahead
     moved = read_bytes(model) + batch * (length + new / 2) * kv
     floor_s = moved / _known(bench.copy_rate)
     flop = 2 * batch * read_bytes(model) / model.dtype.itemsize
@@ -60,6 +64,8 @@ def _step(bench: Bench, lent: Lent, batch: int) -> Row:
         "percent_of_roofline": 100 * floor_s / step_s,
         "forward_ms": 1e3 * forward_s,
         "percent_beside_forward": 100 * (1 - forward_s / step_s),
+        "percent_idle": idle.percent(),
+        "steps_ahead": steps_ahead,
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_paged.engine.adapters import Selection
+from hf_paged.engine.host_copy import to_device
 from hf_paged.kernels.metadata import PagedMetadata
 from hf_paged.step import AdapterRuns, StepInputs, StepPlan
 
@@ -45,7 +46,8 @@ def build(
 ) -> StepInputs:
     """Token ids, positions, slots and block tables of the step, on `device`.
 
-    The arrays are filled on the host and cross to the device once each.
+    The arrays are filled on the host and cross to the device once each. A token that only the device knows
+    (`engine.ahead`) is 0 there.
 
     Args:
         least_cut: how many tokens without logits make `StepInputs.tail` worth its while; None: it never is.
@@ -53,8 +55,7 @@ def build(
     arrays = pack(plan, block_size)
 
     def move(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+        return to_device(torch.from_numpy(array), device)
 
     def metadata(arrays: StepArrays, num_decodes: int, query_lens: list[int]) -> PagedMetadata:
         return PagedMetadata(
@@ -133,7 +134,8 @@ def _few_decodes(plan: StepPlan, block_size: int) -> StepArrays:
     positions = [s.num_computed for s in sequences]
     tables = [s.block_table for s in sequences]
     longest = max(map(len, tables))
-    longs = [s.token_ids[p] for s, p in zip(sequences, positions, strict=True)] + positions
+    longs = [0 if s.num_ahead else s.token_ids[p] for s, p in zip(sequences, positions, strict=True)]
+    longs += positions
     longs += [
         t[p // block_size] * block_size + p % block_size for t, p in zip(tables, positions, strict=True)
     ]
@@ -197,7 +199,7 @@ def _token_ids(plan: StepPlan, starts: np.ndarray) -> np.ndarray:
     """[T] int64: the known tokens each sequence is to compute, then its drafts."""
     sequences, counts, num_decodes = plan.sequences, plan.num_scheduled_tokens, plan.num_decodes
     ids = np.empty(starts[-1], np.int64)
-    ids[:num_decodes] = [s.token_ids[s.num_computed] for s in sequences[:num_decodes]]
+    ids[:num_decodes] = [0 if s.num_ahead else s.token_ids[s.num_computed] for s in sequences[:num_decodes]]
     for seq, count, at in zip(
         sequences[num_decodes:], counts[num_decodes:], starts[num_decodes:], strict=False
     ):

@@ -113,7 +113,13 @@ class CallTable:
         self.calls[call] = None
         self.counters.requests += len(call.sequences)
         self.counters.prompt_tokens += sum(s.prompt_len for s in call.sequences)
+        self._schedule(runtime, call)
+
+    @staticmethod
+    def _schedule(runtime: Runtime, call: Call) -> None:
         runtime.scheduler.add(call)
+        if runtime.ahead is not None:
+            runtime.ahead.take_up(call)
 
     def _retire(self, runtime: Runtime, sequences: list[Sequence]) -> None:
         kept = [s for s in sequences if s.call.keep_kv]
@@ -167,7 +173,7 @@ class CallTable:
             self.runtime.close()
             self.runtime = None
         for seq in (s for c in (*calls, *others) for s in c.sequences):
-            seq.block_table, seq.block_keys, seq.num_computed = [], [], 0
+            seq.block_table, seq.block_keys, seq.num_computed, seq.num_ahead = [], [], 0, 0
             if seq.status is Status.RUNNING:
                 seq.status = Status.WAITING
         for call in calls:
@@ -200,7 +206,7 @@ class CallTable:
         self.calls[call] = None
         try:
             self.speculator.take_up(call)
-            self.ready().scheduler.add(call)
+            self._schedule(self.ready(), call)
         except Exception as error:
             self.fail([call], error)
 

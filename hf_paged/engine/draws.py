@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_paged.engine.host_copy import to_device
 from hf_paged.engine.variates import exponential, exponential_rows
 
 #: Half of the distance of two uniforms, and the least that one may be once it is negated: both exact in float32.
@@ -231,7 +232,7 @@ def seeded_exponential(
     from hf_paged.kernels.triton_seeded_uniform import seeded_uniform
 
     rows = torch.tensor([draws.place(row, t) for draws, row, t in places], dtype=torch.int64)
-    uniform = seeded_uniform(rows.to(device), vocab)
+    uniform = seeded_uniform(to_device(rows, device), vocab)
     return uniform.neg_().sub_(_HALF_STEP).clamp_(min=_LEAST).log1p_().neg_().to(dtype)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_paged.engine.host_copy import to_device
 from hf_paged.errors import KVCacheOutOfMemory
 from hf_paged.kernels import ops
 from hf_paged.kernels.quantised import quantise
@@ -178,7 +179,7 @@ class KVCache:
             k_cache, v_cache = self.layer(index)
             k_scales, v_scales = self.scales(index)
             if k_cache.device not in on_device:
-                on_device[k_cache.device] = indices.t().contiguous().to(k_cache.device)
+                on_device[k_cache.device] = to_device(indices.t().contiguous(), k_cache.device)
             src, dst = on_device[k_cache.device]
             ops.copy_blocks(k_cache, v_cache, src, dst, k_scales=k_scales, v_scales=v_scales, backend=backend)
 

@@ -1,26 +1,27 @@
-"""The life of a step: plan, forward, sample, finish. Only the holder of the crank calls what is here."""
+"""The life of a step: plan, forward, choose tokens, take them in. Only the holder of the crank calls what is here."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import time
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from hf_paged.engine import batch, beam_steps, lockstep, positions, states
+from hf_paged.engine import batch, beam_steps, lockstep, states
 from hf_paged.engine.adapter_gate import AdapterGate
-from hf_paged.engine.call_table import CallTable
+from hf_paged.engine.ahead import StepsAhead
+from hf_paged.engine.device_sampling import ChosenTokens, choose
 from hf_paged.engine.given_kv import write_given
-from hf_paged.engine.request import Call, FinishReason, Sequence, Status
+from hf_paged.engine.intake import TokenIntake, is_there
+from hf_paged.engine.request import Call, Status
 from hf_paged.engine.runtime import Runtime
 from hf_paged.errors import RequestCancelledError, WeightsChangedError
 from hf_paged.step import StepPlan, StepRecording
 
 
-class StepLoop(CallTable):
+class StepLoop(TokenIntake):
     """Runs the steps of the calls it has taken up."""
 
     @property
@@ -47,6 +48,11 @@ class StepLoop(CallTable):
         while self.dropped:
             self.fail([self.dropped.popleft()], RequestCancelledError("the request was dropped"))
         start = time.perf_counter()
+        ahead = None
+        if runtime.ahead is not None:
+            ahead = self._clear_for_planning(runtime, runtime.ahead)
+            if not self.has_work:
+                return True  # the last tokens have come
         if not self.speculator.propose(runtime.scheduler, self.fail):
             return True
         plan = runtime.scheduler.schedule()
@@ -54,7 +60,9 @@ class StepLoop(CallTable):
             plan = runtime.scheduler.schedule()
         failed = [] if self.gate is None else self._adapters_moved(self.gate)
         if plan is not None:
-            self._run(runtime, plan, start)
+            self._run(runtime, plan, start, ahead)
+        elif runtime.ahead is not None and runtime.ahead.flight is not None:
+            self._land(runtime)
         elif not failed:
             if self.attended:
                 return False
@@ -62,6 +70,8 @@ class StepLoop(CallTable):
                 self._fail_stuck(runtime)
         for call, error in failed:
             self.fail([call], error)
+        if ahead is not None and not self.calls:
+            ahead.finish()  # here, where nobody waits for the lock of the crank meanwhile
         return True
 
     def _adapters_moved(self, gate: AdapterGate) -> list[tuple[Call, Exception]]:
@@ -76,28 +86,56 @@ class StepLoop(CallTable):
         failed, gate.failed = gate.failed, []
         return failed
 
-    def _run(self, runtime: Runtime, plan: StepPlan, start: float) -> None:
+    def _clear_for_planning(self, runtime: Runtime, ahead: StepsAhead) -> StepsAhead | None:
+        """Takes in the tokens in flight where no step can be planned without them.
+
+        Returns:
+            `ahead` if the next step may be left in flight.
+        """
+        suits = ahead.suits(self.calls)
+        if not (suits and ahead.may_plan(runtime.scheduler)):
+            self._land(runtime)
+        return ahead if suits else None
+
+    def _run(self, runtime: Runtime, plan: StepPlan, start: float, ahead: StepsAhead | None) -> None:
+        """Runs a step, and takes in the tokens of the one before, if that is in flight.
+
+        Args:
+            ahead: where to leave the step's own tokens in flight; None: they are waited for.
+        """
         for seq in plan.sequences:
             if seq.call.first_scheduled_at is None:
                 seq.call.first_scheduled_at = start
         self.step_started = start
         recording = states.start(plan)
+        chosen: ChosenTokens | None = None
         try:
             logits = self._forward(runtime, plan, recording)
+            if ahead is not None and plan.sample_indices:
+                chosen = self._choose(runtime, ahead, plan, logits)
         except Exception as error:
+            self._land(runtime)
             self.failure, self.step_started = error, None
             if not self._fail_lost(plan):
                 self.fail(dict.fromkeys(s.call for s in plan.sequences), error)
             return
+        trouble = self._land(runtime)  # of the step before, while this one runs
         if self._fail_lost(plan) or self._fail_stale(runtime, plan):
+            if ahead is not None and chosen is not None:
+                ahead.discard(chosen)
             return  # the others' tokens are planned again
-        self.failure, self.step_started, self.stuck_since = None, None, None
+        self.failure, self.step_started, self.stuck_since = trouble, None, None
         runtime.stepped()
         if recording is not None:
             states.keep(plan, recording)
         runtime.scheduler.advance(plan)
-        self.counters.count_step(runtime.scheduler, len(plan.sequences))
-        if plan.sample_indices:
+        # Step by step none has ended meanwhile.
+        num_left = len(plan.sequences) if ahead is None else sum(map(is_there, plan.sequences))
+        if num_left:
+            self.counters.count_step(runtime.scheduler, num_left)
+        if chosen is not None and ahead is not None:
+            ahead.launched(plan, [plan.sequences[i] for i in plan.sample_indices], chosen)
+        elif plan.sample_indices:
             self._sample(runtime, plan, logits)
         if restored := [s for s in plan.sequences if s.finish_reason is not None and s.call.keep_kv]:
             self._finish(runtime, [s for s in restored if s.status is Status.RUNNING])
@@ -106,7 +144,9 @@ class StepLoop(CallTable):
     def _fail_lost(self, plan: StepPlan) -> bool:
         """Fails the calls whose adapters were taken away under them. Asked after a step: it may happen during one."""
         lost = {
-            s.call: s.adapters for s in plan.sequences if s.adapters is not None and not s.adapters.is_present
+            s.call: s.adapters
+            for s in plan.sequences
+            if s.adapters is not None and is_there(s) and not s.adapters.is_present
         }
         for call, selection in lost.items():
             self.fail(
@@ -154,7 +194,16 @@ class StepLoop(CallTable):
                 least_cut=self.patch.least_cut,
             )
             inputs.recording = recording
+        if runtime.ahead is not None:
+            runtime.ahead.pass_on(plan, inputs.input_ids[0])
         return runtime.runner.forward(model, inputs, ambient)
+
+    def _choose(self, runtime: Runtime, ahead: StepsAhead, plan: StepPlan, logits: Tensor) -> ChosenTokens:
+        """Launches the choice of what `_sample` would choose and wait for."""
+        sequences = [plan.sequences[i] for i in plan.sample_indices]
+        newest = ahead.newest(s for s in sequences if s.call.sampling.processors)
+        with sequences[0].call.ambient.enter():
+            return choose(logits, sequences, runtime.sampler.argmax_rows, newest)
 
     def _sample(self, runtime: Runtime, plan: StepPlan, logits: Tensor) -> None:
         """A next token for each sequence that reached its last one, and for those forked from it just now."""
@@ -187,92 +236,3 @@ class StepLoop(CallTable):
             drafted, accepted = self.speculator.verify(plan, logits, runtime.sampler, append)
             self.counters.drafted_tokens += drafted
             self.counters.accepted_tokens += accepted
-
-    def _append(
-        self,
-        runtime: Runtime,
-        sequences: list[Sequence],
-        tokens: list[list[int] | BaseException],
-        *,
-        drafted: bool = False,
-    ) -> None:
-        """Takes in new tokens of each sequence, or what it failed with, and ends those whose last has come.
-
-        Args:
-            tokens: of each sequence; of several none but the last may end it.
-            drafted: all before the last were drafts of this step, and so is the token before them.
-        """
-        failed: dict[Call, BaseException] = {}
-        accepted: list[Sequence] = []
-        now = time.perf_counter()
-        for seq, new in zip(sequences, tokens, strict=True):
-            if isinstance(new, BaseException):
-                failed.setdefault(seq.call, new)
-                continue
-            seq.token_ids += new
-            if drafted:
-                runtime.scheduler.accept(seq)
-            accepted.append(seq)
-            if seq.finish_reason is None:
-                self.counters.generated_tokens += len(new)
-            if seq.call.first_token_at is None:
-                seq.call.first_token_at = now
-            if seq.call.on_token is not None and seq.finish_reason is None:
-                for token in new:
-                    seq.call.on_token(seq, token)
-        for call, error in failed.items():
-            self.fail([call], error)
-        self._finish(runtime, [s for s in accepted if s.call not in failed])
-        self._fail_out_of_positions(accepted)
-
-    def _fail_out_of_positions(self, sequences: Iterable[Sequence]) -> None:
-        """Fails the calls of those that have a new token and go on, though no position is left for it."""
-        for seq in sequences:
-            if positions.needs_another(seq):
-                self.fail([seq.call], positions.out_of_positions(seq.prompt_len, seq.num_generated))
-
-    def _advance_beams(self, runtime: Runtime, logits: Tensor, beams: dict[Sequence, int]) -> None:
-        ended, failed = beam_steps.advance(runtime.scheduler, logits, beams, apart=self.config.deterministic)
-        for call, error in failed.items():
-            self.fail([call], error)
-        for group in ended:
-            self.counters.generated_tokens += beam_steps.end(group)
-            self._retire(runtime, group.sequences)
-            if all(s.status is Status.FINISHED for s in group.call.sequences):
-                self._complete(group.call)
-        self._fail_out_of_positions(beams)
-
-    def answer(self, call: Call, tokens: list[int], reasons: list[FinishReason | None]) -> None:
-        """What the caller of a lockstep call has chosen: a token for each row, and why rows end with it."""
-        if call not in self.attended or self.runtime is None:
-            return  # it has ended in the meantime
-        self.attended.discard(call)
-        call.first_token_at = call.first_token_at or time.perf_counter()
-        self.counters.generated_tokens += sum(1 for s in call.sequences if s.finish_reason is None)
-        lockstep.take_answer(call, tokens, reasons)
-        if call.has_run_out:
-            self._retire(self.runtime, call.sequences)
-            self._complete(call)
-        self._fail_out_of_positions(call.sequences)
-
-    def _finish(self, runtime: Runtime, sequences: list[Sequence]) -> None:
-        """Ends the sequences whose new token was their last, and the calls whose last sequence ended."""
-        ended: list[Sequence] = []
-        touched: dict[Call, None] = {}
-        for seq, reason in zip(sequences, runtime.sampler.stops(sequences), strict=True):
-            if seq.finish_reason is None:
-                if reason is None:
-                    continue
-                seq.finish_reason = reason
-                seq.num_kept = seq.num_generated
-                if not seq.call.run_on:
-                    ended.append(seq)
-            touched[seq.call] = None
-        for call in touched:
-            if call.run_on and call.has_run_out:
-                ended.extend(call.sequences)
-        if ended:
-            self._retire(runtime, ended)
-        for call in touched:
-            if all(s.status is Status.FINISHED for s in call.sequences):
-                self._complete(call)

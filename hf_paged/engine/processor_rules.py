@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hf_paged.engine.host_copy import to_device
 
 #: No token id: matches nothing in a history. Upstream clamps ids beyond the vocabulary.
 _FILLER = 2**62
@@ -31,7 +33,10 @@ class Line:
     row: int
     num_rows: int  # of its call
     length: int  # padded prompt + generated
-    history: Callable[[], np.ndarray]  # -> [length] int64, not to be written to
+    history: Callable[[], np.ndarray]  # -> [length] int64, not to be written to; without `newest`
+    #: [1] int64 on the device of the scores: the last token of the history where the host does not know it yet. Only
+    #: what `needs_history` says no to meets such a row.
+    newest: Tensor | None = None
 
     def last(self, width: int) -> np.ndarray:  # [width]
         return self.history()[self.length - width :]
@@ -45,6 +50,9 @@ class Rule:
 
     def prepare(self, processor: Any) -> Any:
         return processor
+
+    #: Whether it reads tokens of the history on the host, the newest too.
+    needs_history: ClassVar[bool] = False
 
     def apply(self, stage: int, lines: list[Line], scores: Tensor) -> Tensor:
         """Scores [n, vocab] of `lines` after processor number `stage`, whose keys agree in all lines."""
@@ -105,6 +113,7 @@ class HistoryRule(Rule):
     """Reads the last `window` tokens of the history, or what there is; all of it if `window` gives None."""
 
     window: Callable[[Any], int | None]
+    needs_history: ClassVar[bool] = True
 
     def apply(self, stage: int, lines: list[Line], scores: Tensor) -> Tensor:
         window = self.window(lines[0].processors[stage])
@@ -154,18 +163,22 @@ class RepetitionRule(Rule):
     def apply(self, stage: int, lines: list[Line], scores: Tensor) -> Tensor:
         processor: Any = copy.copy(lines[0].processors[stage])
         processor.prompt_ignore_length = None
-        penalised = [
-            line.history()[self._num_ignored(line.processors[stage], line, scores) :] for line in lines
-        ]
+        ignored = [self._num_ignored(line.processors[stage], line, scores) for line in lines]
+        penalised = [line.history()[count:] for line, count in zip(lines, ignored, strict=True)]
 
         def run(indices: list[int], scores: Tensor) -> Tensor:
             ids = np.empty((len(indices), max(len(penalised[i]) for i in indices)), dtype=np.int64)
             for out, i in zip(ids, indices, strict=True):
                 out[: len(penalised[i])] = penalised[i]
-                out[len(penalised[i]) :] = penalised[i][-1]
-            return processor(torch.from_numpy(ids).to(scores.device), scores)
+                out[len(penalised[i]) :] = penalised[i][-1:]
+            return processor(_with_newest(ids, [lines[i] for i in indices], scores), scores)
 
-        return _in_groups([True if len(tokens) else None for tokens in penalised], scores, run)
+        # Those of which only the newest token counts go apart: there is no known one to fill up with.
+        labels = [
+            None if count == line.length else len(tokens) > 0
+            for tokens, line, count in zip(penalised, lines, ignored, strict=True)
+        ]
+        return _in_groups(labels, scores, run)
 
     @staticmethod
     def _num_ignored(processor: Any, line: Line, scores: Tensor) -> int:
@@ -225,8 +238,18 @@ def _in_groups(
         return run(list(range(len(labels))), scores)
     result = scores.clone(memory_format=torch.contiguous_format)
     for indices in groups.values():
-        result[indices] = run(indices, scores[indices])
+        index = to_device(torch.tensor(indices), scores.device)  # a list would be copied, and waited for
+        result[index] = run(indices, scores[index])
     return result
+
+
+def _with_newest(ids: np.ndarray, lines: list[Line], like: Tensor) -> Tensor:
+    """`ids` [n, width] on the device, and a column of the newest tokens where any of `lines` has its there only."""
+    known = to_device(torch.from_numpy(ids), like.device)
+    if all(line.newest is None for line in lines):
+        return known
+    last = [known[i, -1:] if line.newest is None else line.newest for i, line in enumerate(lines)]
+    return torch.cat((known, torch.stack(last)), dim=1)
 
 
 def _ids(rows: list[np.ndarray], like: Tensor) -> Tensor:  # [len(rows), width]

@@ -57,6 +57,11 @@ def signature(processors: Sequence[object]) -> Signature:
     return Signature(*((type(p), _RULES[type(p)].key(p)) for p in processors))
 
 
+def need_history(processors: Sequence[object]) -> bool:
+    """Whether any of `processors` wants to see a row's newest token on the host."""
+    return any(_RULES[type(p)].needs_history for p in processors)
+
+
 def prepare(processors: Sequence[Any]) -> list[Any]:
     """`processors`, with what the host reads of them on the host."""
     return [_RULES[type(p)].prepare(p) for p in processors]

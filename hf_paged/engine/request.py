@@ -67,6 +67,8 @@ class Sequence:
     group: SequenceGroup | None = None  # the beams it is one of
 
     num_computed: int = 0
+    #: 1 while its newest token is known to the device only (`engine.ahead`): it is not in `token_ids` yet.
+    num_ahead: int = 0
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of the leading full blocks
     status: Status = Status.WAITING
@@ -107,8 +109,26 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def num_chosen(self) -> int:
+        """`num_generated`, and the token that only the device knows."""
+        return len(self.token_ids) - self.prompt_len + self.num_ahead
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) + self.num_ahead - self.num_computed
+
+    @property
+    def will_be_forked(self) -> bool:
+        """Whether its blocks will be those of `fork_of`, which has no token yet."""
+        parent = self.fork_of
+        return (
+            parent is not None
+            and self.num_generated == 0
+            and parent.num_generated == 0
+            and not parent.handed_over
+            and parent.finish_reason is None
+            and parent.status is not Status.FINISHED
+        )
 
     @property
     def ends_at(self) -> float:

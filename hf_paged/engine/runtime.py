@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_paged.config import PagedConfig
+from hf_paged.engine.ahead import make_ahead
 from hf_paged.engine.block_manager import BlockManager
 from hf_paged.engine.graphs import make_graphs
 from hf_paged.engine.kv_cache import KVCache, LayerSpec
@@ -73,6 +74,7 @@ class Runtime:
         self.sampler = Sampler(_argmax_for(self.device, self.backend), apart=config.deterministic)
         self.runner = ModelRunner(self.device)
         self.graphs = make_graphs(config, self.device, self.backend, self.cache)
+        self.ahead = make_ahead(self.backend, len({g.device for g in geometry}))
         # Those of the model's own dtype are for its activations and logits too.
         dtypes = {g.dtype for g in geometry} | {spec.dtype for spec in specs}
         self._cpu_kernels = _CpuKernels(dtypes) if self.backend == "cpu" else None
@@ -91,6 +93,8 @@ class Runtime:
 
     def went_idle(self) -> None:
         """Nothing is left to run."""
+        if self.ahead is not None:
+            self.ahead.finish()
         self.trim()
         if self.graphs is not None:
             self.graphs.went_idle()
@@ -110,6 +114,8 @@ class Runtime:
 
     def close(self) -> None:
         """Gives all KV memory back; no thread is left."""
+        if self.ahead is not None:
+            self.ahead.finish()
         if self.graphs is not None:
             self.graphs.drop()
         self.cache.close()

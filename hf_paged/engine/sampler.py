@@ -8,7 +8,7 @@ is the result of its rows, and of no others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from torch import Tensor
 from hf_paged.engine import processors as rules
 from hf_paged.engine import stopping
 from hf_paged.engine.draws import SeededDraws, multinomial_error, seeded_exponential
+from hf_paged.engine.host_copy import to_host
 from hf_paged.engine.processor_rules import Line
 from hf_paged.engine.request import Call, FinishReason, Sequence
 from hf_paged.engine.sampling import SamplingSpec, TokenLogprobs
 
 #: Float32 scores processed at once: keeps the temporaries of the warpers (about ten times this) small.
 _CHUNK_BYTES = 32 << 20
+_NONE: Mapping[Sequence, Tensor] = {}
 
 
 class Sampler:
@@ -38,7 +40,7 @@ class Sampler:
         *,
         apart: bool = False,
     ) -> None:
-        self._argmax_rows = argmax_rows
+        self.argmax_rows = argmax_rows
         self._apart = apart
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[int | BaseException]:
@@ -56,12 +58,12 @@ class Sampler:
             logits = logits.float()  # as upstream does; any narrower dtype has the same argmax as in float32
         special = [i for i, sequence in enumerate(sequences) if not sequence.call.sampling.plain]
         if not special:
-            tokens: list[int | BaseException] = self._argmax_rows(logits).tolist()
+            tokens: list[int | BaseException] = to_host(self.argmax_rows(logits))
         else:
             tokens = [0] * len(sequences)
             plain = sorted(set(range(len(sequences))).difference(special))
             if plain:
-                for i, token in zip(plain, self._argmax_rows(logits[plain]).tolist(), strict=True):
+                for i, token in zip(plain, to_host(self.argmax_rows(logits[plain])), strict=True):
                     tokens[i] = token
             self._sample_special(logits, sequences, special, tokens)
         for i, sequence in enumerate(sequences):
@@ -73,7 +75,7 @@ class Sampler:
 
     def most_probable(self, logits: Tensor) -> list[int]:
         """The first of the highest logits of each row of [R, vocab]: the next tokens of `plain` calls."""
-        return self._argmax_rows(logits.float() if logits.dtype is torch.float64 else logits).tolist()
+        return to_host(self.argmax_rows(logits.float() if logits.dtype is torch.float64 else logits))
 
     def stops(self, sequences: list[Sequence]) -> list[FinishReason | None]:
         """Why each sequence, whose newest token was just appended, finishes; None if it goes on."""
@@ -90,7 +92,7 @@ class Sampler:
         groups: dict[object, list[int]] = {}
         for i in special:
             groups.setdefault(sequences[i].call.sampling.signature, []).append(i)
-        chunk = 1 if self._apart else max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
+        chunk = 1 if self._apart else most_rows(logits.shape[1])
         errors: dict[Call, BaseException] = {}
         for indices in groups.values():
             for start in range(0, len(indices), chunk):
@@ -110,11 +112,11 @@ class Sampler:
 
         `logits` [n, vocab] float32 are not written to.
         """
-        scores = _process(_edited(logits, sequences, errors), sequences, errors)
+        scores = process(_edited(logits, sequences, errors), sequences, errors)
         if sequences[0].call.sampling.do_sample:
-            tokens = self._argmax_rows(_divided_by_draws(scores, sequences, errors)).tolist()
+            tokens = to_host(self.argmax_rows(_divided_by_draws(scores, sequences, errors)))
         else:
-            tokens = self._argmax_rows(scores.contiguous()).tolist()
+            tokens = to_host(self.argmax_rows(scores.contiguous()))
         recording: dict[bool, list[int]] = {}
         for i, sequence in enumerate(sequences):
             spec: SamplingSpec = sequence.call.sampling
@@ -125,8 +127,15 @@ class Sampler:
             if spec.logprobs is not None:
                 recording.setdefault(spec.raw_logprobs, []).append(i)
         for raw, rows in recording.items():
-            _record_logprobs(logits if raw else scores, sequences, tokens, rows)
+            _record_logprobs(
+                (logits if raw else scores)[rows], [sequences[i] for i in rows], [tokens[i] for i in rows]
+            )
         return tokens
+
+
+def most_rows(vocab: int) -> int:
+    """Rows of float32 scores that are processed at once."""
+    return max(1, _CHUNK_BYTES // (4 * vocab))
 
 
 def _edited(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> Tensor:
@@ -144,12 +153,21 @@ def _edited(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseEx
     return logits
 
 
-def _process(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> Tensor:
-    """Scores [n, vocab] after the processors; `errors` gets what they raised, by call."""
+def process(
+    logits: Tensor,
+    sequences: list[Sequence],
+    errors: dict[Call, BaseException],
+    newest: Mapping[Sequence, Tensor] = _NONE,
+) -> Tensor:
+    """Scores [n, vocab] after the processors; `errors` gets what they raised, by call.
+
+    Args:
+        newest: [1] int64 on the device: the newest token of a sequence which has it there only.
+    """
     if not sequences[0].call.sampling.processors:  # nor have the others any: their signatures are equal
         return logits
     try:
-        return rules.run([_line(sequence) for sequence in sequences], logits)
+        return rules.run([_line(sequence, newest) for sequence in sequences], logits)
     except Exception as error:
         by_call: dict[Call, list[int]] = {}
         for i, sequence in enumerate(sequences):
@@ -160,7 +178,7 @@ def _process(logits: Tensor, sequences: list[Sequence], errors: dict[Call, BaseE
     # Rows of several calls went together: each call on its own shows whose fault it was.
     scores = logits.clone()
     for part in by_call.values():
-        scores[part] = _process(logits[part], [sequences[i] for i in part], errors)
+        scores[part] = process(logits[part], [sequences[i] for i in part], errors, newest)
     return scores
 
 
@@ -171,10 +189,10 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     """
     probs = torch.softmax(scores, dim=-1)
     # A row with a nan, with +inf or with nothing but -inf among its scores is nan throughout; no other is.
-    for i, bad in enumerate(torch.isnan(probs[:, 0]).tolist()):
+    for i, bad in enumerate(to_host(torch.isnan(probs[:, 0]))):
         if bad:
             errors.setdefault(sequences[i].call, multinomial_error(probs[i]))
-    seeded = _divide_seeded(probs, sequences, errors)
+    seeded = divide_seeded(probs, sequences, errors)
     asking: dict[tuple[Call, int], list[int]] = {}
     for i, sequence in enumerate(sequences):
         if i in seeded:
@@ -192,7 +210,7 @@ def _divided_by_draws(scores: Tensor, sequences: list[Sequence], errors: dict[Ca
     return probs
 
 
-def _divide_seeded(probs: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> set[int]:
+def divide_seeded(probs: Tensor, sequences: list[Sequence], errors: dict[Call, BaseException]) -> set[int]:
     """Divides the rows of seeded calls by their variates, of all calls at once; which rows these are."""
     rows = [
         i
@@ -200,9 +218,7 @@ def _divide_seeded(probs: Tensor, sequences: list[Sequence], errors: dict[Call, 
         if isinstance(s.call.sampling.draws, SeededDraws) and s.call not in errors
     ]
     if rows:
-        places = [
-            (sequences[i].call.sampling.draws, sequences[i].row, sequences[i].num_generated) for i in rows
-        ]
+        places = [(sequences[i].call.sampling.draws, sequences[i].row, sequences[i].num_chosen) for i in rows]
         variates = seeded_exponential(places, probs.shape[1], probs.dtype, probs.device)
         if len(rows) == len(sequences):
             probs.div_(variates)
@@ -211,25 +227,42 @@ def _divide_seeded(probs: Tensor, sequences: list[Sequence], errors: dict[Call, 
     return set(rows)
 
 
-def _line(sequence: Sequence) -> Line:
+def _line(sequence: Sequence, newest: Mapping[Sequence, Tensor]) -> Line:
     spec: SamplingSpec = sequence.call.sampling
     return Line(
         processors=spec.processors,
         row=sequence.row,
         num_rows=spec.num_rows,
-        length=spec.prompt_width + sequence.num_generated,
+        length=spec.prompt_width + sequence.num_chosen,
         history=lambda: spec.history(sequence),
+        newest=newest.get(sequence),
     )
 
 
-def _record_logprobs(
-    scores: Tensor, sequences: list[Sequence], tokens: list[int], recording: list[int]
-) -> None:
-    logprobs = torch.log_softmax(scores[recording], dim=-1)
-    chosen = logprobs.gather(1, torch.tensor([[tokens[i]] for i in recording], device=scores.device))
-    width = min(scores.shape[1], max(sequences[i].call.sampling.logprobs for i in recording))
-    values, ids = (part.tolist() for part in logprobs.topk(width, dim=-1))
-    for n, i in enumerate(recording):
-        spec: SamplingSpec = sequences[i].call.sampling
-        top = list(zip(ids[n], values[n], strict=True))[: spec.logprobs]
-        spec.token_logprobs[sequences[i].row].append(TokenLogprobs(tokens[i], float(chosen[n]), top))
+def _record_logprobs(scores: Tensor, sequences: list[Sequence], tokens: list[int]) -> None:
+    chosen = torch.tensor(tokens, device=scores.device)
+    found = logprobs_of(scores, chosen, most_logprobs(sequences))
+    for sequence, token, *numbers in zip(sequences, tokens, *map(to_host, found), strict=True):
+        note_logprobs(sequence, token, *numbers)
+
+
+def most_logprobs(sequences: list[Sequence]) -> int:
+    return max(sequence.call.sampling.logprobs for sequence in sequences)
+
+
+def logprobs_of(scores: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of `tokens` [n] by `scores` [n, vocab], then of the most probable ones, and which these are.
+
+    Returns:
+        [n], [n, width] and [n, width], fewer of a smaller vocabulary.
+    """
+    logprobs = torch.log_softmax(scores, dim=-1)
+    values, ids = logprobs.topk(min(scores.shape[1], width), dim=-1)
+    return logprobs.gather(1, tokens[:, None])[:, 0], values, ids
+
+
+def note_logprobs(sequence: Sequence, token: int, chosen: float, values: list[float], ids: list[int]) -> None:
+    """Records a row of `logprobs_of` for the next token of `sequence`."""
+    spec: SamplingSpec = sequence.call.sampling
+    top = list(zip(ids, values, strict=True))[: spec.logprobs]
+    spec.token_logprobs[sequence.row].append(TokenLogprobs(token, chosen, top))

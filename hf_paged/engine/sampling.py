@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_paged.engine import processors as rules
 from hf_paged.engine import stopping
-from hf_paged.engine.draws import Draws
+from hf_paged.engine.draws import Draws, SeededDraws
 from hf_paged.engine.request import Sequence
 
 
@@ -82,6 +82,8 @@ class SamplingSpec:
     stop_rules: stopping.StopRules = field(init=False)
     #: Nothing but an argmax over the logits is asked for.
     plain: bool = field(init=False)
+    #: Tokens can be chosen before the host knows those of the step before, and without a word to it.
+    on_device: bool = field(init=False)
     #: Rows of calls with equal signatures are processed together.
     signature: Hashable = field(init=False)
 
@@ -107,6 +109,14 @@ class SamplingSpec:
             or self.output_scores
             or self.output_logits
             or self.logprobs is not None
+            or self.edit is not None
+            or self.beams is not None
+        )
+        self.on_device = self.plain or not (
+            (self.do_sample and not isinstance(self.draws, SeededDraws))
+            or rules.need_history(self.processors)
+            or self.output_scores
+            or self.output_logits
             or self.edit is not None
             or self.beams is not None
         )

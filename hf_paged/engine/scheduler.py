@@ -141,7 +141,7 @@ class Scheduler:
         if not preempted:
             self._admit(ambient, chosen, copies, budget)
             held = [s for s in self.running if s.call.ambient == ambient and not s.call.keep_kv]
-            held = [s for s in held if not _num_missing(s) and not s.call.attended]
+            held = [s for s in held if not _num_missing(s) and not s.call.attended and not s.num_ahead]
             while held and not chosen:
                 # Finished rows, or those of a lockstep call, wait for one that has no blocks, and leave it none.
                 self._preempt(held.pop())
@@ -182,7 +182,7 @@ class Scheduler:
         for place, seq in enumerate(self.waiting):
             if budget <= 0 or taken - held >= self.max_num_seqs:
                 break
-            if seq.call.ambient != ambient or self._will_be_forked(seq) or not _num_missing(seq):
+            if seq.call.ambient != ambient or seq.will_be_forked or not _num_missing(seq):
                 continue
             if seq.group is not None:
                 if seq.status is Status.RUNNING:
@@ -278,17 +278,6 @@ class Scheduler:
                 seq.num_cached_prompt = hits[seq]
         return True
 
-    def _will_be_forked(self, seq: Sequence) -> bool:
-        parent = seq.fork_of
-        return (
-            parent is not None
-            and seq.num_generated == 0
-            and parent.num_generated == 0
-            and not parent.handed_over
-            and parent.finish_reason is None
-            and parent.status is not Status.FINISHED
-        )
-
     def make_room(self) -> bool:
         """Takes the blocks of a row whose token its caller chooses, the youngest. Returns whether there was one."""
         for seq in reversed(self.running):
@@ -314,9 +303,11 @@ class Scheduler:
     def advance(self, plan: StepPlan) -> None:
         """The planned tokens are computed: moves `num_computed` and registers filled blocks.
 
-        Drafts wait for `accept`.
+        Drafts wait for `accept`. What was computed of a sequence that has ended since the plan is nobody's.
         """
         for i, (seq, count) in enumerate(zip(plan.sequences, plan.num_scheduled_tokens, strict=True)):
+            if seq.status is Status.FINISHED:
+                continue
             seq.num_computed += count - (plan.num_drafts[i] if plan.num_drafts else 0)
             self.manager.commit(seq)
 
@@ -359,6 +350,8 @@ def _num_missing(seq: Sequence) -> int:
     """How many tokens of `seq` the next steps have to compute, drafts aside."""
     if seq.handed_over:
         return 0
+    if seq.num_ahead and (seq.num_chosen >= seq.max_new_tokens or seq.status is Status.WAITING):
+        return 0  # the token on its way is its last, or it was preempted since and needs that one first
     if seq.finish_reason is None or not seq.call.run_on or seq.num_generated < seq.call.run_on_width:
         return seq.num_uncomputed
     # It runs on and has gone as far as it may for now: only what its user wants of it may be missing.

@@ -42,6 +42,7 @@ class EngineStats:
     accepted_tokens: int = 0  # drafted tokens that were right
     graph_captures: int = 0  # decode steps captured as CUDA graphs, since memory was last released
     graph_replays: int = 0  # steps that were a replay of one
+    steps_ahead: int = 0  # launched while the step before was still running, since memory was last released
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,4 +144,6 @@ def snapshot(counters: Counters, runtime: Runtime | None) -> EngineStats:
         if runtime.graphs is not None:
             stats.graph_captures = runtime.graphs.num_captures
             stats.graph_replays = runtime.graphs.num_replays
+        if runtime.ahead is not None:
+            stats.steps_ahead = runtime.ahead.num_steps
     return stats

@@ -60,12 +60,16 @@ class SlotDevice:
                 slot = (seq.block_table[position // size], position % size)
                 assert slot not in written, "two sequences write one slot"
                 written.add(slot)
-                self.slots[slot] = (position, seq.token_ids[position])
+                self.slots[slot] = (position, self.history(seq)[position])
         for seq, count in zip(plan.sequences, plan.num_scheduled_tokens, strict=True):
             for position in range(seq.num_computed + count):
                 slot = (seq.block_table[position // size], position % size)
-                assert self.slots[slot] == (position, seq.token_ids[position]), "a key of another history"
+                assert self.slots[slot] == (position, self.history(seq)[position]), "a key of another history"
         self.plans.append(plan)
+
+    def history(self, seq: Sequence) -> list[int]:
+        """The tokens of `seq` as the device knows them."""
+        return seq.token_ids
 
     def step(self) -> list[Sequence]:
         """One step; returns the sequences that ended in it."""

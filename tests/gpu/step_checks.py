@@ -18,9 +18,11 @@ import pytest
 import torch
 
 import hf_paged
+from hf_paged.engine import runtime
+from hf_paged.engine.loop import StepLoop
 from hf_paged.errors import RequestCancelledError
 from hf_paged.kernels import triton_activation, triton_backend, triton_launch, triton_rms_norm  # noqa: F401
-from tests.helpers import assert_same_tokens, left_pad, make_model, native_calls, random_prompts
+from tests.helpers import VOCAB_SIZE, assert_same_tokens, left_pad, make_model, native_calls, random_prompts
 from tests.integrations import peft_models
 from tests.kernels.triton_support import DEVICE
 from tests.parity.test_half_precision import engine_logits
@@ -169,6 +171,66 @@ def check_adapters(family: str, model: Any, lengths: list[int], new: int) -> Non
         expected += one_by_one(wrapped, [prompt], new)
     with hf_paged.enabled(wrapped, backend="triton"), native_calls(wrapped, len(prompts)):
         assert greedy(wrapped, prompts, new, adapters=names) == expected
+
+
+@contextlib.contextmanager
+def unwaited_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a GPU: what launches a step, and the choice of its tokens, raises where it waits for the device."""
+
+    def unwaited(launch: Any) -> Any:
+        def run(*args: Any) -> Any:
+            if DEVICE.type != "cuda":
+                return launch(*args)
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return launch(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for name in ("_forward", "_choose"):
+            patch.setattr(StepLoop, name, unwaited(getattr(StepLoop, name)))
+        yield
+
+
+def check_ahead(monkeypatch: pytest.MonkeyPatch, model: Any, lengths: list[int], new: int) -> None:
+    """Steps one ahead of the device give what steps in turn give, some texts ending early, and none of them waits."""
+    prompts = random_prompts(lengths)
+    kinds: list[dict[str, Any]] = [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 3},
+        {"do_sample": True, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 4},
+    ]
+    found = []
+    for ahead in (False, True):
+        with monkeypatch.context() as patch:
+            if not ahead:
+                patch.setattr(runtime, "make_ahead", lambda backend, devices: None)
+            with (
+                hf_paged.enabled(model, backend="triton", block_size=8),
+                native_calls(model, 2 * len(prompts)),
+            ):
+                _submit_all(model, prompts, kinds, new)  # compiles, and captures
+                with unwaited_launches(monkeypatch) if ahead else contextlib.nullcontext():
+                    found.append(_submit_all(model, prompts, kinds, new))
+                stats = hf_paged.stats(model)
+                assert (stats.steps_ahead > 0) == ahead
+                assert stats.kv_blocks_used == 0
+    assert found[0] == found[1]
+
+
+def _submit_all(
+    model: Any, prompts: list[list[int]], kinds: list[dict[str, Any]], new: int
+) -> list[tuple[list[int], Any]]:
+    client = hf_paged.engine(model)
+    options = {"max_new_tokens": new, "eos_token_id": list(range(3, VOCAB_SIZE, 16))}
+    handles = [client.submit(prompt, **options, **kinds[i % len(kinds)]) for i, prompt in enumerate(prompts)]
+    results = [handle.result(timeout=120) for handle in handles]
+    hf_paged.invalidate(model)
+    return [(result.token_ids, result.finish_reason) for result in results]
 
 
 def check_soak(model: Any, rounds: int, requests: int, new: int) -> None:

@@ -32,7 +32,17 @@ FIGURES = {
         "rms_norm": {"gb_per_s", "torch_us"},
         "sample": {"us", "top_k_top_p_us", "torch_sort_us"},
     },
-    "step": {"step": {"ms", "floor_ms", "percent_of_roofline", "forward_ms", "percent_beside_forward"}},
+    "step": {
+        "step": {
+            "ms",
+            "floor_ms",
+            "percent_of_roofline",
+            "forward_ms",
+            "percent_beside_forward",
+            "percent_idle",
+            "steps_ahead",
+        }
+    },
     "offline": {
         "offline llama-tiny hf_paged, greedy": {"output_tokens_per_s"},
         "offline llama-tiny hf_paged, vLLM's protocol": {"tokens_per_s"},

@@ -98,6 +98,16 @@ def test_seeded_samples_do_not_depend_on_the_batch() -> None:
     assert runs[0] == runs[1] == runs[2]
 
 
+@pytest.mark.parametrize("graphs", ["auto", False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_ahead_give_the_same_and_launch_without_waiting(
+    monkeypatch: pytest.MonkeyPatch, family: str, graphs: Any
+) -> None:
+    if graphs is False:
+        monkeypatch.setattr("hf_paged.engine.runtime.make_graphs", lambda *args: None)
+    step_checks.check_ahead(monkeypatch, on_gpu(family), LENGTHS, 24)
+
+
 def test_preempted_sequences_come_out_the_same() -> None:
     step_checks.check_preemption(on_gpu("llama"), [9, 10, 11, 12], 24, 26)
 

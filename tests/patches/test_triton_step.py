@@ -47,13 +47,14 @@ def test_autocast_rounds_where_upstream_does() -> None:
     assert_same_tokens(actual, expected)
 
 
-def test_the_gpu_suites_checks_start_here() -> None:
+def test_the_gpu_suites_checks_start_here(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
     llama |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     step_checks.check_low_precision(
         make_model("llama", dtype=torch.float16, **llama), random_prompts([6] * 2), 5
     )
     step_checks.check_replays(make_model("llama", **llama), [3, 2, 5], 2)
+    step_checks.check_ahead(monkeypatch, make_model("llama", **llama), [3, 2, 5], 5)
     step_checks.check_preemption(make_model("llama", **llama), [4, 4], 6, 4)
     step_checks.check_adapters("llama", make_model("llama", **llama), [3, 5], 2)
     step_checks.check_soak(make_model("llama", **llama), 1, 3, 3)
