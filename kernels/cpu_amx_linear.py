@@ -6,32 +6,19 @@ import ctypes
 import functools
 import platform
 import sys
-import threading
+from array import array
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_paged.kernels.cpu_runtime import kernel_module, launch, num_bins
+from hf_paged.kernels.cpu_scratch import scratch_address
 
-__all__ = ["amx_linear", "missing"]
+__all__ = ["amx_linear", "missing", "multiply"]
 
 #: The system call that asks Linux for the use of tile registers by this process, and its arguments.
 _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18
-
-
-class _Scratch(threading.local):
-    """Memory a thread's products work in: a few MB, whose pages would otherwise be new at every call."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, size: int) -> Tensor:
-        if self.memory.numel() < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
-        return self.memory
-
-
-_scratch = _Scratch()
 
 
 @functools.cache
@@ -64,8 +51,7 @@ def amx_linear(
     Raises:
         ValueError: dtypes, devices or strides that the kernels do not take.
     """
-    columns, size = weight.shape
-    along = weight.stride(1) == 1 or size == 1
+    along = weight.stride(1) == 1 or weight.shape[1] == 1
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors) or not (
         along or weight.stride(0) == 1
@@ -74,18 +60,23 @@ def amx_linear(
         raise ValueError(
             f"amx_linear: {kinds}, weight with strides {weight.stride()}: float32 on cpu is supported"
         )
-    kernels = kernel_module("cpu_amx_kernel")
-    rows = x.reshape(-1, size).contiguous()
-    output = torch.empty(len(rows), columns)
-    bins = num_bins((weight.numel() + rows.numel() + output.numel()) * 4)
-    room = kernels.scratch_bytes(len(rows), size, along)
-    scratch, checks = _scratch.of(bins * room), torch.zeros(bins)
+    return multiply(x.contiguous(), weight, bias, along)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, along: bool) -> Tensor | None:
+    """`amx_linear` of what its checks let through, with contiguous x; `along`: rows of the weights are contiguous."""
+    # Between two layers the caches hold weights, not Python: each line here costs what it would not cost alone.
+    columns, size = weight.shape
+    rows = x.numel() // max(1, size)
+    kernels: Any = kernel_module("cpu_amx_kernel")
+    output = torch.empty((*x.shape[:-1], columns))
+    bins = num_bins((columns * size + rows * (size + columns)) * 4)
+    room = kernels.scratch_bytes(rows, size, along)
+    checks = array("f", bytes(4 * bins))
     arguments = (
-        rows.data_ptr(), size, weight.data_ptr(), weight.stride(0) if along else weight.stride(1),
-        0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, len(rows), columns, size,
-        scratch.data_ptr(), room, checks.data_ptr(),
+        x.data_ptr(), size, weight.data_ptr(), weight.stride(0 if along else 1),
+        0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, rows, columns, size,
+        scratch_address(bins * room), room, checks.buffer_info()[0],
     )  # fmt: skip
     launch((kernels.linear_along if along else kernels.linear_across)(torch.float32), bins, arguments)
-    if any(checks.tolist()):  # NaN
-        return None
-    return output.view(*x.shape[:-1], columns)
+    return None if any(checks) else output  # NaN

@@ -32,12 +32,13 @@ _MIN_WEIGHT, _MIN_WORK = 1 << 18, 3_000_000
 #: Below this MKL is as fast with any number of rows.
 _TINY_WEIGHT = 80_000
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-#: Rows for which our tiles beat MKL's AVX-512 kernels, if weights lie along K and are more than the second cache of
-#: each thread holds. Across N, in GPT-2's layout, they are no faster (measured, docs/decisions.md).
-_ROWS_OF_TILES, _MIN_WEIGHT_OF_THREAD = range(4, 33), 1 << 19
-#: Rows from which on AMX is faster: for weights that do not fit a core's cache, along K and across it, and for smaller
-#: ones. Their rows and columns and their number must not be below the last two.
-_ROWS_ALONG, _ROWS_ACROSS, _ROWS_SMALL = 8, 16, 64
+#: Rows for which our tiles beat MKL's AVX-512 kernels, and numbers a thread's share of the weights must have: where they
+#: lie along K, and across it, as in GPT-2's layout (measured, docs/decisions.md).
+_TILES_ALONG, _MIN_ALONG = range(4, 33), 1 << 19
+_TILES_ACROSS, _MIN_ACROSS = range(2, 17), 1 << 18
+#: Rows from which on AMX is faster: for large weights along K, and for others. Their sides and their number must not be
+#: below the last two.
+_ROWS_LARGE, _LARGE, _ROWS = 8, 1 << 19, 17
 _MIN_SIDE, _MIN_WEIGHT_OF_AMX = 256, 180_000
 #: Set once our kernels are compiled.
 _tiles_are_ready, _amx_is_ready = threading.Event(), threading.Event()
@@ -89,6 +90,7 @@ def _compile_products() -> None:
     tiles: Any = cpu_runtime.kernel_module("cpu_row_linear_kernel") if tiles_are_faster() else None
     if tiles is not None:
         tiles.linear_along(torch.float32)
+        tiles.linear_across(torch.float32)
         _tiles_are_ready.set()
     amx: Any = cpu_runtime.kernel_module("cpu_amx_kernel") if amx_is_faster() else None
     if amx is not None:
@@ -100,26 +102,27 @@ def _compile_products() -> None:
 def least_input(weight: Tensor) -> int | None:
     """How many numbers an input must have to be worth a product with `weight` [N, K] by `linear`; None: it never is."""
     if tiles_are_faster() or amx_is_faster():
-        least = [rows for rows in (_least_of_tiles(weight), _least_of_amx(weight)) if rows is not None]
+        tiles, amx = _rows_of_tiles(weight), _least_of_amx(weight)
+        least = [*tiles[:1], *([] if amx is None else [amx])]
         return min(least) * weight.shape[1] if least else None
     if weight.numel() < _TINY_WEIGHT:
         return None
     return 0 if weight.numel() >= _MIN_WEIGHT else -(-_MIN_WORK // max(1, weight.shape[0]))
 
 
-def _least_of_tiles(weight: Tensor) -> int | None:
-    """Rows from which on our tiles are faster than MKL with `weight` [N, K]; None: with no number."""
-    is_large = weight.numel() >= _MIN_WEIGHT_OF_THREAD * torch.get_num_threads()
-    return _ROWS_OF_TILES.start if tiles_are_faster() and is_large and weight.stride(1) == 1 else None
+def _rows_of_tiles(weight: Tensor) -> range:
+    """For how many rows our tiles are faster than MKL with `weight` [N, K]."""
+    if not tiles_are_faster():
+        return range(0)
+    rows, least = (_TILES_ALONG, _MIN_ALONG) if weight.stride(1) == 1 else (_TILES_ACROSS, _MIN_ACROSS)
+    return rows if weight.numel() >= least * torch.get_num_threads() else range(0)
 
 
 def _least_of_amx(weight: Tensor) -> int | None:
-    """As `_least_of_tiles` for AMX."""
+    """Rows from which on AMX is faster than MKL with `weight` [N, K]; None: with no number."""
     if not amx_is_faster() or min(weight.shape) < _MIN_SIDE or weight.numel() < _MIN_WEIGHT_OF_AMX:
         return None
-    if weight.numel() < _MIN_WEIGHT_OF_THREAD:
-        return _ROWS_SMALL
-    return _ROWS_ALONG if weight.stride(1) == 1 else _ROWS_ACROSS
+    return _ROWS_LARGE if weight.numel() >= _LARGE and weight.stride(1) == 1 else _ROWS
 
 
 def _op_works() -> bool:
@@ -148,6 +151,7 @@ def linear(
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or not x.is_contiguous()
+        or (bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()))
         or torch.is_autocast_enabled("cpu")
         or not torch.backends.mkldnn.enabled
     ):
@@ -159,12 +163,11 @@ def linear(
 
 def _by_our_kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     rows = x.numel() // weight.shape[1]
-    least = _least_of_amx(weight)
-    if least is not None and rows >= least and _amx_is_ready.is_set():
-        return cpu_amx_linear.amx_linear(x, weight, bias)
-    least = _least_of_tiles(weight)
-    if least is not None and least <= rows < _ROWS_OF_TILES.stop and _tiles_are_ready.is_set():
-        return cpu_row_linear.row_linear(x, weight, bias)
+    along = weight.stride(1) == 1
+    if (least := _least_of_amx(weight)) is not None and rows >= least and _amx_is_ready.is_set():
+        return cpu_amx_linear.multiply(x, weight, bias, along)
+    if rows in _rows_of_tiles(weight) and _tiles_are_ready.is_set():
+        return cpu_row_linear.multiply(x, weight, bias, along)
     return None
 
 

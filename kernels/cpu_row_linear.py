@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_paged.kernels.cpu_runtime import launch, loaded_kernels, num_bins
+from hf_paged.kernels.cpu_runtime import kernel_module, launch, loaded_kernels, num_bins
+from hf_paged.kernels.cpu_scratch import scratch_address
 
-__all__ = ["missing", "row_linear"]
+__all__ = ["missing", "multiply", "row_linear"]
 
 
 @functools.cache
@@ -68,15 +70,27 @@ def row_linear(
     rows = x.reshape(-1, size).contiguous()
     if not in_pairs:
         rows = rows.float()
-    output = torch.empty(len(rows), columns)
-    bins = num_bins((weight.numel() + rows.numel() + output.numel()) * 4)
-    room = kernels.scratch_size(size)
-    scratch = torch.empty(bins * room)
-    arguments = (
-        rows.data_ptr(), size, weight.data_ptr(), weight.stride(0) if along else weight.stride(1),
-        0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, len(rows), columns, size,
-        scratch.data_ptr(), room,
-    )  # fmt: skip
-    kernel = kernels.linear_along if along else kernels.linear_across
-    launch(kernel(dtype), bins, arguments)
+    output = _multiply(rows, weight, bias, along, kernels)
     return output.to(x.dtype).view(*x.shape[:-1], columns)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, along: bool) -> Tensor:
+    """`row_linear` of float32 that its checks let through, once its kernels are loaded: contiguous x; `along`: rows of
+    the weights are contiguous."""
+    return _multiply(x, weight, bias, along, kernel_module("cpu_row_linear_kernel"))
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, along: bool, kernels: Any) -> Tensor:
+    # Between two layers the caches hold weights, not Python: each line here costs what it would not cost alone.
+    columns, size = weight.shape
+    rows = x.numel() // max(1, size)
+    output = torch.empty((*x.shape[:-1], columns))
+    bins = num_bins((columns * size + rows * (size + columns)) * 4)
+    room = kernels.scratch_size(size)
+    arguments = (
+        x.data_ptr(), size, weight.data_ptr(), weight.stride(0 if along else 1),
+        0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, rows, columns, size,
+        scratch_address(4 * bins * room), room,
+    )  # fmt: skip
+    launch((kernels.linear_along if along else kernels.linear_across)(weight.dtype), bins, arguments)
+    return output

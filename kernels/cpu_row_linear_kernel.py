@@ -6,6 +6,7 @@ import numpy as np
 
 from hf_paged.kernels.cpu_jit import entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import argument, item_bytes, load, load_f32, store_f32
+from hf_paged.kernels.cpu_row_linear_few import FEW, few_across
 from hf_paged.kernels.cpu_row_linear_tile import LANES, add_across, add_along, fma
 
 __all__ = ["linear_across", "linear_along", "scratch_size"]
@@ -166,6 +167,9 @@ def linear_across(tag):
         edge = sums + 4 * _ROWS * _WIDTH
         tiles = (width + _WIDTH - 1) // _WIDTH
         begin, end = _WIDTH * (tiles * index // bins), min(width, _WIDTH * (tiles * (index + 1) // bins))
+        if rows <= FEW:
+            few_across(x, x_stride, w, w_stride, bias, output, stride, rows, begin, end, size, sums, tag)
+            rows = 0
         for chunk in range(0, rows, _ROWS):
             count = min(_ROWS, rows - chunk)
             for n in range(begin, end, _WIDTH):

@@ -20,7 +20,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "add_across", "add_along", "add_pairs_across", "add_pairs_along", "fma", "pair_columns"]
+__all__ = [
+    "LANES",
+    "add_across",
+    "add_along",
+    "add_block",
+    "add_pairs_across",
+    "add_pairs_along",
+    "fma",
+    "pair_columns",
+]
 
 LANES = 16
 _F32, _F16 = ir.FloatType(), ir.HalfType()
@@ -92,6 +101,36 @@ def add_across(rows: int, vectors: int) -> Callable[..., Any]:
                         builder.store(_fma(builder, xs, ws[v], builder.load(total)), total)
             for place, total in zip(places, totals, strict=True):
                 builder.store(builder.load(total), place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7, tag), generate
+
+    return tile
+
+
+def add_block(rows: int, depth: int) -> Callable[..., Any]:
+    """`sums[r, c] += x[r, k] * w[k, c]` for k = 0 to `depth`, of that many rows and one vector of columns.
+
+    As `add_across`, with no loop. The cache line at `ahead` and those of its next rows are asked for meanwhile.
+    """
+
+    @intrinsic
+    def tile(typing_context, x, x_stride, w, w_stride, ahead, sums, sums_stride, tag):
+        def generate(context, builder, signature, args):
+            x, x_stride, w, w_stride, ahead, sums, sums_stride, _tag = args
+            places = [
+                _pointer(builder, _step(builder, sums, sums_stride, r, 4), _VECTOR) for r in range(rows)
+            ]
+            totals = [builder.load(place, align=4) for place in places]
+            for k in range(depth):
+                line = _load(builder, _step(builder, w, w_stride, k, _bytes(tag)), LANES, tag)
+                _ask_for(builder, _step(builder, ahead, w_stride, k, _bytes(tag)))
+                for r in range(rows):
+                    source = builder.add(_step(builder, x, x_stride, r, 4), _I64(4 * k))
+                    number = _splat(builder, _load(builder, source, 1, types.float32))
+                    totals[r] = _fma(builder, number, line, totals[r])
+            for place, total in zip(places, totals, strict=True):
+                builder.store(total, place, align=4)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7, tag), generate
@@ -198,6 +237,15 @@ def _step(builder: Any, address: Any, stride: Any, times: int, size: int) -> Any
 
 def _pointer(builder: Any, address: Any, kind: ir.Type) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
+
+
+def _ask_for(builder: Any, address: Any) -> None:
+    pointer = _pointer(builder, address, ir.IntType(8))
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(
+        builder.module, kind, f"llvm.prefetch.{pointer.type.intrinsic_name}"
+    )
+    builder.call(prefetch, [pointer, _I32(0), _I32(3), _I32(1)])  # to read; to the first cache; data
 
 
 def _zero(builder: Any) -> Any:

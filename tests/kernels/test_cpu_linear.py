@@ -24,13 +24,13 @@ def tiles(monkeypatch) -> list[tuple[int, int, int]]:
     cpu_linear.load_products()
     cpu_runtime.wait_for_loading()
     made: list[tuple[int, int, int]] = []
-    original = cpu_row_linear.row_linear
+    original = cpu_row_linear.multiply
 
-    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None, along: bool) -> Tensor:
         made.append((x.numel() // weight.shape[1], *weight.shape))
-        return original(x, weight, bias)
+        return original(x, weight, bias, along)
 
-    monkeypatch.setattr(cpu_row_linear, "row_linear", counted)
+    monkeypatch.setattr(cpu_row_linear, "multiply", counted)
     return made
 
 
@@ -39,8 +39,9 @@ def weight_of(columns: int, size: int, layout: str) -> Tensor:
     return weight if layout == "linear" else weight.t().contiguous().t()
 
 
-def test_a_few_rows_of_large_weights_go_by_tiles(tiles):
-    weight, bias, rows = weight_of(2048, 1024, "linear"), torch.randn(2048), range(4, 33)
+@pytest.mark.parametrize("layout, rows", [("linear", range(4, 33)), ("conv1d", range(2, 17))])
+def test_a_few_rows_of_large_weights_go_by_tiles(tiles, layout, rows):
+    weight, bias = weight_of(2048, 1024, layout), torch.randn(2048)
     for count in (1, rows.start - 1, rows.start, rows.stop - 1, rows.stop, 100):
         x = torch.randn(1, count, 1024)
         tiles.clear()
@@ -52,7 +53,6 @@ def test_a_few_rows_of_large_weights_go_by_tiles(tiles):
 
 def test_small_weights_and_other_layouts_and_dtypes_do_not(tiles):
     x = torch.randn(1, 16, 256)
-    assert cpu_linear.least_input(weight_of(16384, 256, "conv1d")) is None
     assert cpu_linear.least_input(weight_of(256, 256, "linear")) is None
     assert cpu_linear.linear(x, weight_of(256, 256, "linear"), None) is None
     wide = weight_of(16384, 256, "linear")
@@ -95,7 +95,7 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize("family, products", [(gpt2, 1), (llama, 3 + 1)])
+@pytest.mark.parametrize("family, products", [(gpt2, 3 + 1), (llama, 3 + 1)])
 def test_a_model_gives_the_same_tokens(tiles, family, products):
     torch.manual_seed(0)
     model = family().eval()
