@@ -32,8 +32,8 @@ _MIN_WEIGHT, _MIN_WORK = 1 << 18, 3_000_000
 #: Below this MKL is as fast with any number of rows.
 _TINY_WEIGHT = 80_000
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-#: Rows for which our tiles beat MKL's AVX-512 kernels, and numbers a thread's share of the weights must have: where they
-#: lie along K, and across it, as in GPT-2's layout (measured, docs/decisions.md).
+#: Rows for which our tiles beat MKL's AVX-512 kernels, and numbers a thread's share of the weights must have: where
+#: they lie along K, and across it, as in GPT-2's layout (measured, docs/decisions.md).
 _TILES_ALONG, _MIN_ALONG = range(4, 33), 1 << 19
 _TILES_ACROSS, _MIN_ACROSS = range(2, 17), 1 << 18
 #: Rows from which on AMX is faster: for large weights along K, and for others. Their sides and their number must not be
