@@ -76,7 +76,10 @@ class Choosing:
         scores, tokens, beams = self._candidates(accumulated.view(n, -1), old, vocab)
         if self._is_plain(scores, tokens):
             chosen = (tokens, scores, beams)
-            best = dict(zip(_RUNNING, [part[:, : options.num_beams] for part in chosen], strict=True))
+            best: dict[str, Any] = dict(
+                zip(_RUNNING, [part[:, : options.num_beams] for part in chosen], strict=True)
+            )
+            best |= self._untaken(scores, tokens, beams)
             return self._taken(best, None, log_probs, logits)
         old |= self._stacked_finished()
         hits = self._hits(tokens)
@@ -131,6 +134,8 @@ class Choosing:
 
     def _stacked_finished(self) -> dict[str, Tensor]:
         """What has finished, filled up to the column of this step."""
+        for state in self._states:
+            state.settle(self._options.fill_token)
         fills = {"finished": self._options.fill_token, "finished_beams": -1}
         names = ("finished", "finished_scores", "finished_beams", "is_finished", "may_improve")
         return {name: self._in_a_row(name, fills.get(name)) for name in names}
@@ -199,12 +204,30 @@ class Choosing:
         if any(self._t + 1 >= most_tokens(group.sequences[0]) for group in self._groups):
             return False
         eos, count = self._spec.eos_token_ids, self._options.num_beams
+        # Below it upstream takes beams that go on for worse than none.
+        least = _UNTAKEN * (self._t + 1) ** min(0.0, self._options.length_penalty)
         if eos and any(not eos.isdisjoint(row) for row in tokens[:, :count, -1].tolist()):
             return False
         return all(
-            row[count - 1] > _UNTAKEN and all(a > b for a, b in pairwise(row[: count + 1]))
+            row[0] > least and row[count - 1] > _UNTAKEN and all(a > b for a, b in pairwise(row[: count + 1]))
             for row in scores.tolist()
         )
+
+    def _untaken(self, scores: Tensor, tokens: Tensor, beams: Tensor) -> dict[str, Any]:
+        """What upstream puts where no beam has finished: beams that go on, whose scores are rounded off to equal ones.
+
+        It is returned where beams come to no end, as those do that are left without a token to go on with.
+        """
+        count = self._options.num_beams
+        lowered = scores / ((self._t + 1) ** self._options.length_penalty) - 1e9
+        merged = torch.cat((self._in_a_row("finished_scores"), lowered), dim=1)
+        best, picks = torch.topk(merged, k=count)
+        before = [row for state in self._states for row in state.places()]
+        places = [
+            [row[pick] if pick < count else (tokens, beams, i, pick - count) for pick in picked]
+            for i, (row, picked) in enumerate(zip(before, picks.tolist(), strict=True))
+        ]
+        return {"finished_scores": best, "untaken": places}
 
     def _hits(self, tokens: Tensor) -> Tensor:
         """Which candidates [n, K, t + 1] end with their last token, [n, K] bool."""
@@ -251,7 +274,7 @@ class Choosing:
         )
 
     def _taken(
-        self, new: dict[str, Tensor], hits: Tensor | None, log_probs: Tensor, logits: Tensor
+        self, new: dict[str, Any], hits: Tensor | None, log_probs: Tensor, logits: Tensor
     ) -> dict[SequenceGroup, Choice | BaseException]:
         """Writes the step into the states; `hits` None: nothing ends or has finished."""
         beams, last = new["running_beams"][:, :, -1].tolist(), new["running"][:, :, -1].tolist()

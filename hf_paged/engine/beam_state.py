@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from hf_paged.engine.request import FinishReason, Sequence, SequenceGroup
+
+#: One beam of a step: all tokens [n, K, t] and beams [n, K, t], its prompt and its number.
+Place: TypeAlias = tuple[Tensor, Tensor, int, int]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class BeamState:
     may_improve: Tensor  # [n, 1] bool
     #: No beam has finished, and any that does will be the first: what is said of finished ones is as at the start.
     nothing_finished: bool = True
+    #: What is to be in `finished` and `finished_beams`, of each prompt and beam; empty: what is.
+    untaken: list[list[Place]] = field(default_factory=list)
     #: Records of each step, [n * beams, vocab] float32.
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
@@ -58,6 +64,32 @@ class BeamState:
             torch.zeros(shape, dtype=torch.bool, device=device),
             torch.ones((num_prompts, 1), dtype=torch.bool, device=device),
         )
+
+    def places(self) -> list[list[Place]]:
+        """What is or is to be in `finished`, of each prompt and beam."""
+        if self.untaken:
+            return self.untaken
+        num_prompts, num_beams = self.finished_scores.shape
+        return [
+            [(self.finished, self.finished_beams, i, beam) for beam in range(num_beams)]
+            for i in range(num_prompts)
+        ]
+
+    def settle(self, fill_token: int) -> None:
+        """Writes what is to be in `finished`."""
+        if not self.untaken:
+            return
+        places = [place for row in self.untaken for place in row]
+        width = max(tokens.shape[-1] for tokens, *_ in places)
+        shape = (*self.finished_scores.shape, width)
+        finished, beams = self.finished.new_full(shape, fill_token), self.finished_beams.new_full(shape, -1)
+        steps = {id(tokens): (tokens, sources) for tokens, sources, *_ in places}
+        for tokens, sources in steps.values():
+            mine = [i for i, place in enumerate(places) if place[0] is tokens]
+            rows = [places[i][2] for i in mine], [places[i][3] for i in mine]
+            finished.flatten(0, 1)[mine, : tokens.shape[-1]] = tokens[rows]
+            beams.flatten(0, 1)[mine, : sources.shape[-1]] = sources[rows]
+        self.finished, self.finished_beams, self.untaken = finished, beams, []
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,9 @@ class EngineClient:
             raise InvalidRequestError(f"logprobs={logprobs!r}: must be None or an int of at least 0")
         if tokenizer is not None:
             kwargs["tokenizer"] = tokenizer
-        shared = preparations_of(self._model, self._engine, generation_config, kwargs)
+        shared = functools.partial(
+            preparations_of, self._model, self._engine, generation_config, dict(kwargs)
+        )
         request = RequestPreparer(self._model, self._engine, kwargs, shared)(input_ids, generation_config)
         prepared = request.native
         if prepared is None:

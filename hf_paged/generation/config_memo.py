@@ -9,6 +9,7 @@ carries a positive number along and looks at it only later.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class ModelConfig:
 
     @classmethod
     def of(cls, config: Any) -> ModelConfig:
-        return cls(weakref.ref(config), dict(vars(config)))
+        return cls(weakref.ref(config), _copied(vars(config)))
 
     def is_still(self, config: Any) -> bool:
         """Whether `config` is that config, and has not been changed."""
@@ -40,7 +41,7 @@ class ModelConfig:
         return (
             self.config() is config
             and len(now) == len(then)
-            and all(name in then and then[name] is value for name, value in now.items())
+            and all(name in then and _is_same(then[name], value) for name, value in now.items())
         )
 
 
@@ -144,6 +145,13 @@ def _is_warned_of(config: GenerationConfig) -> bool:
     except ValueError:
         return True
     return getattr(config, "max_cache_len", None) is not None
+
+
+def _is_same(then: Any, now: Any) -> bool:
+    """Whether that is the very value, or for lists the very items."""
+    if type(now) is not list:
+        return then is now
+    return type(then) is list and len(then) == len(now) and all(map(operator.is_, then, now))
 
 
 def _copied(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,8 +140,7 @@ def _key(
 ) -> Hashable | None:
     """Equal for requests that upstream prepares alike; None where that cannot be told."""
     own = model.generation_config
-    # Upstream warns of a `max_length` beside `max_new_tokens`.
-    if any(c is not None and getattr(c, "max_length", None) is not None for c in (own, config)):
+    if any(c is not None and _is_length_spoken_of(c) for c in (own, config)):
         return None
     if not kwargs.keys() <= _KNOWN or not all(map(is_plain, kwargs.values())):
         return None
@@ -160,6 +159,13 @@ def _key(
     )
     # Tensors made in inference mode may be of no use outside of it.
     return (type(model), methods, model.device, torch.is_inference_mode_enabled(), *contents, options)
+
+
+def _is_length_spoken_of(config: GenerationConfig) -> bool:
+    """Whether upstream warns of lengths: of two that are given, or of a least one beyond the greatest."""
+    if any(getattr(config, name, None) is not None for name in ("max_length", "min_new_tokens")):
+        return True
+    return bool(getattr(config, "min_length", None))
 
 
 def _without_limit(options: tuple[Any, ...] | None) -> Hashable | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +65,8 @@ class RequestPreparer:
     nothing in them belongs to one prompt.
 
     Args:
-        shared: those of earlier requests with equal arguments; None: there are none.
+        shared: finds those of earlier requests with equal arguments; None: there are none. It is asked again
+            before another is kept: configs may have changed in another thread while upstream prepared.
 
     Raises:
         InvalidRequestError: an argument has no meaning for requests.
@@ -76,7 +77,7 @@ class RequestPreparer:
         model: GenerativeModel,
         engine: PagedEngine,
         kwargs: Mapping[str, Any],
-        shared: Preparations | None = None,
+        shared: Callable[[], Preparations] | None = None,
     ) -> None:
         for name, why in _NOT_FOR_REQUESTS.items():
             if kwargs.get(name) is not None:
@@ -86,7 +87,8 @@ class RequestPreparer:
         self._engine = engine
         self._kwargs = dict(kwargs)
         self._early = tuple(request_reasons(model, None, engine, (), kwargs))
-        self._shared = Preparations() if shared is None else shared
+        own = Preparations()
+        self._shared = (lambda: own) if shared is None else shared
 
     def __call__(self, prompt: Any, config: GenerationConfig | None) -> Request:
         """The request for `prompt`, a 1-D list or tensor of token ids.
@@ -102,11 +104,12 @@ class RequestPreparer:
         if getattr(config, "token_healing", None):  # what is prepared for one prompt may serve others
             return Request(token_ids, None, (reason("token_healing"),))
         options, limit = _content(config), self._limit(config)
-        shared = self._shared.find(options, limit, len(token_ids))
+        preparations = self._shared()
+        shared = preparations.find(options, limit, len(token_ids))
         if shared is None or limit is None:
             request = self._prepare(token_ids, config)
-            if request.native is not None:
-                self._shared.keep(request.native, options, limit, len(token_ids))
+            if request.native is not None and self._shared() is preparations:
+                preparations.keep(request.native, options, limit, len(token_ids))
             return request
         prepared = _of_length(shared, torch.tensor([token_ids], device=shared.input_ids.device), limit)
         return _checked(token_ids, prepared, length_reasons(self._engine, prepared))

@@ -32,7 +32,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def beams(model: Any, **options: Any) -> Any:
     with hf_paged.enabled(model, fallback="error", backend="reference"):
-        return model.generate(IDS, **OPTIONS, **options, return_dict_in_generate=True, output_scores=True)
+        return model.generate(IDS, **{**OPTIONS, **options}, return_dict_in_generate=True, output_scores=True)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,32 @@ def test_equal_scores_are_left_to_upstream(short: list[bool]) -> None:
     wanted = model.generate(IDS, **OPTIONS, eos_token_id=None, pad_token_id=0)
     assert torch.equal(beams(model, eos_token_id=None, pad_token_id=0).sequences, wanted)
     assert not any(short)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "options"),
+    [
+        (14, {"no_repeat_ngram_size": 1, "max_new_tokens": 20}),  # no token is left to go on with
+        (14, {"no_repeat_ngram_size": 1, "max_new_tokens": 20, "length_penalty": 0.0}),
+        (16, {"no_repeat_ngram_size": 1, "max_new_tokens": 20, "num_beams": 2, "early_stopping": True}),
+        (128, {"length_penalty": -10.0}),  # scores below those of no beam at all
+        (128, {"length_penalty": -1000.0, "early_stopping": "never"}),
+        (128, {"length_penalty": -10.0, "eos_token_id": list(range(4, 128, 30))}),
+    ],
+)
+def test_beams_that_come_to_no_end_are_those_upstream_returns(
+    short: list[bool], vocab_size: int, options: dict[str, Any]
+) -> None:
+    plain, model = (make_model("llama", vocab_size=vocab_size) for _ in range(2))
+    wanted = plain.generate(
+        IDS,
+        **{**OPTIONS, "eos_token_id": None, "pad_token_id": 0, **options},
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    found = beams(model, **{"eos_token_id": None, "pad_token_id": 0, **options})
+    assert any(short)
+    assert float(wanted.sequences_scores.min()) <= -1e8
+    for name in ("sequences", "beam_indices"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name))
+    torch.testing.assert_close(found.sequences_scores, wanted.sequences_scores)

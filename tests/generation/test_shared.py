@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,10 +72,12 @@ def test_so_are_those_of_equal_configs(model: Any, prepared: list[Any]) -> None:
         lambda m: setattr(m, "generation_config", GenerationConfig(no_repeat_ngram_size=1)),
         lambda m: setattr(m.generation_config, "of_mine", [object()]),
         lambda m: setattr(m.config, "of_mine", 1),
+        lambda m: m.config.of_mine_too.append(4),
         lambda m: setattr(m, "config", copy.deepcopy(m.config)),
     ],
 )
 def test_what_changed_between_two_requests_counts(model: Any, prepared: list[Any], change: Any) -> None:
+    model.config.of_mine_too = [3]
     submit(model)
     change(model)
     submit(model)
@@ -124,6 +127,36 @@ def test_a_length_in_the_models_config_is_warned_of_each_time(
     for _ in range(2):
         hf_paged.engine(model).submit(PROMPT, max_new_tokens=2).result(60)
     assert len(prepared) == len([text for text in said if "will take precedence" in text]) == 2
+
+
+@pytest.mark.parametrize("least", [{"min_length": 9}, {"min_new_tokens": 9}])
+def test_a_least_length_out_of_reach_is_warned_of_each_time(
+    model: Any, prepared: list[Any], least: dict[str, int]
+) -> None:
+    for limit in (20, 2, 2):
+        config = GenerationConfig(**least, max_new_tokens=limit)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            hf_paged.engine(model).submit(PROMPT, config).result(60)
+        assert any("Unfeasible" in str(w.message) for w in said) == (limit == 2)
+
+
+def test_what_was_changed_while_a_request_was_prepared_is_not_shared(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, own = single.prepare, model.generation_config
+
+    def disturbed(*args: Any) -> Any:
+        own.repetition_penalty = 1.9  # as by another thread
+        return original(*args)
+
+    wanted = submit(model, max_new_tokens=20)
+    shared._entries.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(single, "prepare", disturbed)
+        assert hf_paged.engine(model).submit(PROMPT, max_new_tokens=20).result(60).token_ids != wanted
+    own.repetition_penalty = None
+    assert submit(model, max_new_tokens=20) == wanted
 
 
 @pytest.mark.parametrize(("says_so", "times"), [(True, 2), (False, 1)])
