@@ -23,11 +23,11 @@ class _Scratch(threading.local):
     """Memory a thread's products work in: a few MB, whose pages would otherwise be new at every call."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, size: int) -> Tensor:
         if self.memory.numel() < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self.memory
 
 
@@ -67,19 +67,21 @@ def amx_linear(
     columns, size = weight.shape
     along = weight.stride(1) == 1 or size == 1
     tensors = [x, weight] if bias is None else [x, weight, bias]
-    if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors) or not (
-        along or weight.stride(0) == 1
+    if (
+        any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors)
+        or not (along or weight.stride(0) == 1)
+        or (bias is not None and (bias.shape != (columns,) or not bias.is_contiguous()))
     ):
         kinds = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
-        raise ValueError(
-            f"amx_linear: {kinds}, weight with strides {weight.stride()}: float32 on cpu is supported"
-        )
+        strides = ", ".join(f"{tuple(tensor.shape)} with strides {tensor.stride()}" for tensor in tensors[1:])
+        raise ValueError(f"amx_linear: {kinds}, of {strides}: float32 on cpu is supported")
     kernels = kernel_module("cpu_amx_kernel")
     rows = x.reshape(-1, size).contiguous()
-    output = torch.empty(len(rows), columns)
+    # A user's default dtype and device may be others.
+    output = torch.empty(len(rows), columns, dtype=torch.float32, device="cpu")
     bins = num_bins((weight.numel() + rows.numel() + output.numel()) * 4)
     room = kernels.scratch_bytes(len(rows), size, along)
-    scratch, checks = _scratch.of(bins * room), torch.zeros(bins)
+    scratch, checks = _scratch.of(bins * room), torch.zeros(bins, dtype=torch.float32, device="cpu")
     arguments = (
         rows.data_ptr(), size, weight.data_ptr(), weight.stride(0) if along else weight.stride(1),
         0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, len(rows), columns, size,

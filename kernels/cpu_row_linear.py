@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_paged.kernels.cpu_runtime import launch, loaded_kernels, num_bins
+from hf_paged.kernels.cpu_runtime import kernel_module, launch, loaded_kernels, num_bins
 
 __all__ = ["missing", "row_linear"]
 
@@ -33,10 +34,8 @@ def missing() -> str | None:
 @functools.cache
 def _adds_pairs() -> bool:
     """Whether this processor adds products of two pairs of bfloat16 to a float32 at once."""
-    import llvmlite.binding as llvm
-
-    features = llvm.get_host_cpu_features()
-    return bool(features.get("avx512bf16") and features.get("avx512f"))
+    jit: Any = kernel_module("cpu_jit")
+    return jit is not None and jit.emits("avx512bf16", "avx512f")
 
 
 def row_linear(
@@ -57,7 +56,7 @@ def row_linear(
     if (
         kernels is None
         or x.dtype is not dtype
-        or (bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()))
+        or (bias is not None and (bias.dtype is not dtype or bias.shape != (columns,) or not bias.is_contiguous()))
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or not (along or weight.stride(0) == 1)
@@ -68,10 +67,11 @@ def row_linear(
     rows = x.reshape(-1, size).contiguous()
     if not in_pairs:
         rows = rows.float()
-    output = torch.empty(len(rows), columns)
+    # A user's default dtype and device may be others.
+    output = torch.empty(len(rows), columns, dtype=torch.float32, device="cpu")
     bins = num_bins((weight.numel() + rows.numel() + output.numel()) * 4)
     room = kernels.scratch_size(size)
-    scratch = torch.empty(bins * room)
+    scratch = torch.empty(bins * room, dtype=torch.float32, device="cpu")
     arguments = (
         rows.data_ptr(), size, weight.data_ptr(), weight.stride(0) if along else weight.stride(1),
         0 if bias is None else bias.data_ptr(), output.data_ptr(), columns, len(rows), columns, size,

@@ -108,6 +108,18 @@ def test_threads_and_bins_change_no_bit(monkeypatch):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_users_default_dtype_is_not_that_of_its_memory(dtype):
+    x, weight = random(9, 70), make_weight(70, 150, "linear", torch.float32)
+    expected = row_linear(x, weight, None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(row_linear(x, weight, None), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_torch_fails_the_same_check():
     # Else this machine's library would make the kernels needless, and the test above would show nothing.
     x, weight = random(135, 1030), make_weight(1030, 131, "linear", torch.float32)
