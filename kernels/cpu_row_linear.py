@@ -56,7 +56,10 @@ def row_linear(
     if (
         kernels is None
         or x.dtype is not dtype
-        or (bias is not None and (bias.dtype is not dtype or bias.shape != (columns,) or not bias.is_contiguous()))
+        or (
+            bias is not None
+            and (bias.dtype is not dtype or bias.shape != (columns,) or not bias.is_contiguous())
+        )
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or not (along or weight.stride(0) == 1)
