@@ -16,10 +16,10 @@ from hf_paged.kernels.cpu_amx_tile import (
     split_pairs,
     transpose,
 )
-from hf_paged.kernels.cpu_jit import entry, helper, kernel_by_dtype
+from hf_paged.kernels.cpu_jit import emits, entry, helper, kernel_by_dtype
 from hf_paged.kernels.cpu_memory import argument, load_f32, store_f32
 
-__all__ = ["linear_across", "linear_along", "scratch_bytes"]
+__all__ = ["can_compile", "linear_across", "linear_along", "scratch_bytes"]
 
 #: Rows, numbers along K and columns gone through before the next ones: the second cache then holds the rows' blocks of
 #: that depth, where weights lie along K, or the sums of that many columns, where they lie across it.
@@ -32,6 +32,11 @@ _GROUPS, _LINES = 12, _SQUARE // 64
 _ZERO = np.float32(0)
 
 _ALONG, _ACROSS = np.int16(0), np.int8(0)
+
+
+def can_compile() -> bool:
+    """Whether numba, as the user has set it, makes code for a processor with AMX."""
+    return emits("avx512f", "amx-tile", "amx-bf16")
 
 
 def scratch_bytes(rows: int, size: int, along: bool) -> int:

@@ -53,13 +53,14 @@ def amx_linear(
     """
     along = weight.stride(1) == 1 or weight.shape[1] == 1
     tensors = [x, weight] if bias is None else [x, weight, bias]
-    if any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors) or not (
-        along or weight.stride(0) == 1
+    if (
+        any(tensor.dtype is not torch.float32 or tensor.device.type != "cpu" for tensor in tensors)
+        or not (along or weight.stride(0) == 1)
+        or (bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()))
     ):
         kinds = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
-        raise ValueError(
-            f"amx_linear: {kinds}, weight with strides {weight.stride()}: float32 on cpu is supported"
-        )
+        strides = ", ".join(f"{tuple(tensor.shape)} with strides {tensor.stride()}" for tensor in tensors[1:])
+        raise ValueError(f"amx_linear: {kinds}, of {strides}: float32 on cpu is supported")
     return multiply(x.contiguous(), weight, bias, along)
 
 
@@ -69,7 +70,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, along: bool) -> Ten
     columns, size = weight.shape
     rows = x.numel() // max(1, size)
     kernels: Any = kernel_module("cpu_amx_kernel")
-    output = torch.empty((*x.shape[:-1], columns))
+    # A user's default dtype and device may be others.
+    output = torch.empty((*x.shape[:-1], columns), dtype=torch.float32, device="cpu")
     bins = num_bins((columns * size + rows * (size + columns)) * 4)
     room = kernels.scratch_bytes(rows, size, along)
     checks = array("f", bytes(4 * bins))

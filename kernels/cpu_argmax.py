@@ -29,7 +29,7 @@ def argmax_rows(logits: Tensor) -> Tensor:
         return torch.argmax(logits, dim=-1)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    indices = torch.empty(logits.shape[0], dtype=torch.int64)
+    indices = torch.empty(logits.shape[0], dtype=torch.int64, device="cpu")
     bins = min(num_bins(logits.numel() * logits.element_size()), max(1, logits.shape[0]))
     arguments = (logits.data_ptr(), logits.stride(0), logits.shape[1], indices.data_ptr(), logits.shape[0])
     launch(kernels.argmax_part(logits.dtype), bins, arguments)

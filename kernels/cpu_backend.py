@@ -193,7 +193,8 @@ def _warm_up(dtype: torch.dtype) -> None:
         is_float = dtype.is_floating_point
         new = torch.zeros(2, 1, 8, dtype=dtype if is_float else torch.float32)
         caches = (torch.zeros(2, 4, 1, 8, dtype=dtype), torch.zeros(2, 4, 1, 8, dtype=dtype))
-        scales: Any = {} if is_float else {"k_scales": torch.zeros(2, 4, 1), "v_scales": torch.zeros(2, 4, 1)}
+        scale = torch.zeros(2, 4, 1, dtype=torch.float32)
+        scales: Any = {} if is_float else {"k_scales": scale, "v_scales": scale}
         metadata = PagedMetadata(
             slot_mapping=torch.tensor([0, 4]),
             block_tables=torch.tensor([[0], [1]], dtype=torch.int32),

@@ -31,7 +31,7 @@ import torch
 from numba import types
 from numba.core.caching import FunctionCache
 
-__all__ = ["FASTMATH", "Kernel", "dtype_tag", "entry", "helper", "kernel_by_dtype"]
+__all__ = ["FASTMATH", "Kernel", "dtype_tag", "emits", "entry", "helper", "kernel_by_dtype"]
 
 #: Sums may be reordered, which is what lets loops use vectors. NaN and infinity keep their meaning.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
@@ -143,4 +143,17 @@ def _converts_float16() -> bool:
     # Without an instruction LLVM calls a library function which may not be there.
     if platform.machine().lower() in ("aarch64", "arm64"):
         return True
-    return bool(llvm.get_host_cpu_features().get("f16c"))
+    return emits("f16c")
+
+
+def emits(*features: str) -> bool:
+    """Whether numba makes code for a processor with these features.
+
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES may name fewer than there are, and LLVM ends the process over an instruction
+    that it was told is not there.
+    """
+    chosen: str | None = numba.config.CPU_FEATURES
+    if chosen is None:
+        host = llvm.get_host_cpu_features()
+        return all(host.get(name) for name in features)
+    return {f"+{name}" for name in features} <= {name.strip() for name in chosen.split(",")}

@@ -93,7 +93,7 @@ def _compile_products() -> None:
         tiles.linear_across(torch.float32)
         _tiles_are_ready.set()
     amx: Any = cpu_runtime.kernel_module("cpu_amx_kernel") if amx_is_faster() else None
-    if amx is not None:
+    if amx is not None and amx.can_compile():
         amx.linear_across(torch.float32)
         amx.linear_along(torch.float32)
         _amx_is_ready.set()
@@ -151,14 +151,33 @@ def linear(
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or not x.is_contiguous()
-        or (bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()))
         or torch.is_autocast_enabled("cpu")
         or not torch.backends.mkldnn.enabled
     ):
         return None
     if onednn_is_faster():
         return _product(x, weight, bias)
-    return None if cpu_runtime.is_loading(torch.float32) else _by_our_kernels(x, weight, bias)
+    if cpu_runtime.is_loading(torch.float32) or not _are_dense(x, weight, bias):
+        return None
+    return _by_our_kernels(x, weight, bias)
+
+
+def _are_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether our kernels, which go by addresses, can take them; what to say of the others is for the library."""
+    return (
+        x.shape[-1] == weight.shape[1]
+        and 1 in weight.stride()
+        and (
+            bias is None
+            or (
+                type(bias) in _PLAIN_TENSORS
+                and bias.dtype is torch.float32
+                and bias.device.type == "cpu"
+                and bias.shape == weight.shape[:1]
+                and bias.is_contiguous()
+            )
+        )
+    )
 
 
 def _by_our_kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -108,14 +108,19 @@ def add_by_table(output: Tensor, x: Tensor, table: Table) -> bool:
     tables = (fields.buffer_info()[0], scaling.buffer_info()[0], len(scaling))
     source, target = (x.data_ptr(), x_stride, x.shape[1]), (output.data_ptr(), stride, output.shape[1])
     if parts := _parts(num_rows, size, bins):
-        scratch = torch.empty(parts * (ranks * kernels.CHUNK + (ranks + 1) * kernels.TILE))
+        scratch = _scratch(parts * (ranks * kernels.CHUNK + (ranks + 1) * kernels.TILE))
         launch(kernels.update(x.dtype, dtype), parts, (*tables, scratch.data_ptr(), ranks, *source, *target))
         return True
-    scratch = torch.empty(count + bins * (ranks + 1) * kernels.TILE)
+    scratch = _scratch(count + bins * (ranks + 1) * kernels.TILE)
     products = scratch.data_ptr()
     launch(kernels.shrink(x.dtype, dtype), bins, (*tables, *source, products))
     launch(kernels.expand(x.dtype, dtype), bins, (*tables, products, products + 4 * count, ranks, *target))
     return True
+
+
+def _scratch(size: int) -> Tensor:
+    """Memory of kernels, whatever a user's default dtype and device are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 def _parts(num_rows: int, size: int, bins: int) -> int:
@@ -155,7 +160,7 @@ def make_ready(table: Table, widths: tuple[int, int], end: int, room: list[Tenso
         return None
     wanted = bins * (table.ranks * kernels.CHUNK + (table.ranks + 1) * kernels.TILE)
     if not room or room[-1].numel() < wanted:
-        room.append(torch.empty(wanted, dtype=torch.float32))
+        room.append(_scratch(wanted))
     tables = (table.fields.buffer_info()[0], table.scaling.buffer_info()[0], len(table.scaling))
     e_in, e_out = widths
     arguments = array("q", (*tables, room[-1].data_ptr(), table.ranks, 0, e_in, e_in, 0, e_out, e_out))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,8 @@ def rotate(
         or not (cos.is_contiguous() and sin.is_contiguous())
     ):
         return None
-    outputs = torch.empty(query.shape, dtype=dtype), torch.empty(key.shape, dtype=dtype)
+    new = functools.partial(torch.empty, dtype=dtype, device="cpu")
+    outputs = new(query.shape), new(key.shape)
     arguments = [cos.data_ptr(), sin.data_ptr(), tokens, size]
     for x, output in zip((query, key), outputs, strict=True):
         arguments += (x.data_ptr(), x.stride(0), x.stride(1), x.shape[1], output.data_ptr())

@@ -35,10 +35,8 @@ def missing() -> str | None:
 @functools.cache
 def _adds_pairs() -> bool:
     """Whether this processor adds products of two pairs of bfloat16 to a float32 at once."""
-    import llvmlite.binding as llvm
-
-    features = llvm.get_host_cpu_features()
-    return bool(features.get("avx512bf16") and features.get("avx512f"))
+    jit: Any = kernel_module("cpu_jit")
+    return jit is not None and jit.emits("avx512bf16", "avx512f")
 
 
 def row_linear(
@@ -59,7 +57,10 @@ def row_linear(
     if (
         kernels is None
         or x.dtype is not dtype
-        or (bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()))
+        or (
+            bias is not None
+            and (bias.dtype is not dtype or bias.shape != (columns,) or not bias.is_contiguous())
+        )
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or not (along or weight.stride(0) == 1)
@@ -84,7 +85,8 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, along: bool, kerne
     # Between two layers the caches hold weights, not Python: each line here costs what it would not cost alone.
     columns, size = weight.shape
     rows = x.numel() // max(1, size)
-    output = torch.empty((*x.shape[:-1], columns))
+    # A user's default dtype and device may be others.
+    output = torch.empty((*x.shape[:-1], columns), dtype=torch.float32, device="cpu")
     bins = num_bins((columns * size + rows * (size + columns)) * 4)
     room = kernels.scratch_size(size)
     arguments = (

@@ -12,10 +12,10 @@ __all__ = ["scratch_address"]
 class _Scratch(threading.local):
     def __init__(self) -> None:
         self.size, self.address = 0, 0
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def grow(self, size: int) -> None:
-        self.memory = torch.empty(size, dtype=torch.uint8)
+        self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the user's default
         self.size, self.address = size, self.memory.data_ptr()
 
 

@@ -89,11 +89,16 @@ def choose(
 ) -> ChosenTokens:
     """Launches the choice of a token for each of `sequences`, none of which has ended.
 
+    Of no sequences there is nothing to choose, but a step to wait for.
+
     Args:
         logits: [R, vocab], row i for `sequences[i]`. Not written to.
         argmax_rows: as `Sampler` has it.
         newest: as in `sampler.process`.
     """
+    if not sequences:
+        nothing = torch.empty(0, dtype=torch.int64, device=logits.device)
+        return ChosenTokens(nothing, nothing, {}, [])
     if logits.dtype is torch.float64:
         logits = logits.float()
     groups: dict[object, list[int]] = {}

@@ -111,7 +111,7 @@ class StepLoop(TokenIntake):
         chosen: ChosenTokens | None = None
         try:
             logits = self._forward(runtime, plan, recording)
-            if ahead is not None and plan.sample_indices:
+            if ahead is not None:  # a step of nothing but parts of prompts is in flight, too
                 chosen = self._choose(runtime, ahead, plan, logits)
         except Exception as error:
             self._land(runtime)
@@ -202,7 +202,7 @@ class StepLoop(TokenIntake):
         """Launches the choice of what `_sample` would choose and wait for."""
         sequences = [plan.sequences[i] for i in plan.sample_indices]
         newest = ahead.newest(s for s in sequences if s.call.sampling.processors)
-        with sequences[0].call.ambient.enter():
+        with plan.sequences[0].call.ambient.enter():
             return choose(logits, sequences, runtime.sampler.argmax_rows, newest)
 
     def _sample(self, runtime: Runtime, plan: StepPlan, logits: Tensor) -> None:

@@ -41,6 +41,14 @@ def test_the_end_of_a_text_costs_one_step_that_nobody_counts(monkeypatch: pytest
         assert hf_paged.stats(model).steps == len(row)
 
 
+def test_parts_of_a_prompt_are_no_further_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    switched(monkeypatch, True)
+    watched = Watched(monkeypatch)
+    with enabled(make_model("llama"), max_num_seqs=4, max_num_batched_tokens=4) as model:
+        model.generate(torch.tensor(random_prompts([18])), **GREEDY | {"max_new_tokens": 2})
+    assert watched.events == ["launch", *["launch", "wait"] * 5, "wait"]
+
+
 def test_a_cancelled_request_leaves_nothing_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     switched(monkeypatch, True)
     watched = Watched(monkeypatch)

@@ -27,3 +27,12 @@ def threads(request: pytest.FixtureRequest, parity_seed: int) -> Iterator[None]:
     torch.set_num_threads(1 + zlib.crc32(f"{request.node.nodeid}{parity_seed}".encode()) % 2)  # noqa: TID251
     yield
     torch.set_num_threads(before)  # noqa: TID251
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """A user's, while the test runs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)  # noqa: TID251
+    yield request.param
+    torch.set_default_dtype(before)  # noqa: TID251

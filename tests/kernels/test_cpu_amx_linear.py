@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -167,6 +168,19 @@ def test_what_it_does_not_take_is_named(x, weight, named):
         amx_linear(x, weight, None)
 
 
+@pytest.mark.parametrize("bias", [torch.ones(8)[::2], torch.ones(3), torch.ones(1).expand(4)])
+def test_a_bias_that_does_not_lie_in_a_row_is_not_read(bias):
+    with pytest.raises(ValueError, match=re.escape(str(tuple(bias.shape)))):
+        amx_linear(torch.ones(2, 8), torch.ones(4, 8), bias)
+
+
+def test_a_users_default_dtype_is_not_that_of_its_memory(default_dtype):
+    x, weight = torch.randn(200, 300, dtype=torch.float32), torch.randn(400, 300, dtype=torch.float32)
+    output = amx_linear(x, weight, None)
+    assert output.dtype is torch.float32
+    assert bool(((output - F.linear(x.double(), weight.double())).abs() <= bound(x, weight, None)).all())
+
+
 @pytest.fixture
 def products(monkeypatch) -> list[tuple[int, int, int]]:
     """A process in which AMX is used: rows, columns and size of each product by it."""
@@ -202,6 +216,36 @@ def test_few_rows_and_small_weights_are_not_for_it(products):
     for columns, size in [(128, 4096), (4096, 128), (256, 256)]:
         assert cpu_linear.linear(torch.randn(1, 300, size), weight_of(columns, size, "across"), None) is None
     assert products == [] or products[-1][0] >= 8
+
+
+@pytest.mark.parametrize(
+    "weight, bias",
+    [
+        (torch.ones(768, 1536)[:, ::2], None),
+        (torch.ones(1, 1).expand(768, 768), None),
+        (torch.ones(768, 768), torch.ones(1536)[::2]),
+        (torch.ones(768, 768), torch.ones(1).expand(768)),
+        (torch.ones(768, 768), torch.ones(768).double()),
+        (torch.ones(768, 512), None),
+    ],
+    ids=["strided", "expanded", "strided_bias", "expanded_bias", "wide_bias", "other_size"],
+)
+def test_what_is_not_dense_goes_to_the_library(products, weight, bias):
+    assert cpu_linear.linear(torch.ones(1, 64, 768), weight, bias) is None
+    assert not products
+
+
+def test_numba_may_be_told_of_a_lesser_processor(products, monkeypatch):
+    """There LLVM would end the process."""
+    jit = cpu_runtime.kernel_module("cpu_jit")
+    assert jit.emits("avx512f", "amx-tile", "amx-bf16")
+    monkeypatch.setattr(cpu_linear, "_amx_is_ready", threading.Event())
+    monkeypatch.setattr(jit.numba.config, "CPU_FEATURES", "+avx512f,-amx-tile")
+    assert jit.emits("avx512f")
+    assert not jit.emits("avx512f", "amx-tile")
+    cpu_linear._compile_products()
+    assert cpu_linear.linear(torch.randn(1, 64, 768), weight_of(768, 768, "along"), None) is None
+    assert not products
 
 
 def test_infinity_goes_to_the_library(products):

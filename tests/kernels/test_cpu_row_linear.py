@@ -108,6 +108,13 @@ def test_threads_and_bins_change_no_bit(monkeypatch):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_a_users_default_dtype_is_not_that_of_its_memory(default_dtype):
+    x, weight = (torch.randn(rows, 70, dtype=torch.float32) for rows in (9, 150))
+    output = row_linear(x, weight, None)
+    assert output.dtype is torch.float32
+    assert torch.allclose(output.double(), F.linear(x.double(), weight.double()), atol=1e-4)
+
+
 def test_torch_fails_the_same_check():
     # Else this machine's library would make the kernels needless, and the test above would show nothing.
     x, weight = random(135, 1030), make_weight(1030, 131, "linear", torch.float32)
