@@ -24,6 +24,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hf_paged.kernels.cpu_memory import prefetch
+
 __all__ = [
     "ACROSS",
     "ALONG",
@@ -235,9 +237,7 @@ def _ask_for(builder: Any, rows: Any, row_bytes: Any, begin: Any, lines: Any) ->
         line = builder.select(builder.icmp_signed("<", line, _I64(_LINES)), line, _I64(_LINES - 1))
         row, place = builder.lshr(line, _I64(2)), builder.and_(line, _I64(3))
         at = builder.add(rows, builder.add(builder.mul(row, row_bytes), builder.mul(place, _I64(64))))
-        # To read; of locality 2, the second cache; data.
-        pointer = _pointer(builder, at, _I8)
-        _call(builder, f"llvm.prefetch.{pointer.type.intrinsic_name}", pointer, _I32(0), _I32(2), _I32(1))
+        prefetch(builder, at, 2)
 
 
 def _take_upper_halves(builder: Any, low: Any, high: Any) -> tuple[Any, Any, Any]:

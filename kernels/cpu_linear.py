@@ -105,6 +105,11 @@ def least_input(weight: Tensor) -> int | None:
         tiles, amx = _rows_of_tiles(weight), _least_of_amx(weight)
         least = [*tiles[:1], *([] if amx is None else [amx])]
         return min(least) * weight.shape[1] if least else None
+    return _least_of_onednn(weight)
+
+
+def _least_of_onednn(weight: Tensor) -> int | None:
+    """`least_input` where oneDNN is the faster one."""
     if weight.numel() < _TINY_WEIGHT:
         return None
     return 0 if weight.numel() >= _MIN_WEIGHT else -(-_MIN_WORK // max(1, weight.shape[0]))
@@ -146,8 +151,6 @@ def linear(
         x.dtype is not torch.float32
         or weight.dtype is not torch.float32
         or type(weight) not in _PLAIN_TENSORS
-        or (least := least_input(weight)) is None
-        or x.numel() < least
         or x.device.type != "cpu"
         or weight.device.type != "cpu"
         or not x.is_contiguous()
@@ -156,7 +159,8 @@ def linear(
     ):
         return None
     if onednn_is_faster():
-        return _product(x, weight, bias)
+        least = _least_of_onednn(weight)
+        return None if least is None or x.numel() < least else _product(x, weight, bias)
     if cpu_runtime.is_loading(torch.float32) or not _are_dense(x, weight, bias):
         return None
     return _by_our_kernels(x, weight, bias)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from hf_paged.kernels.cpu_jit import FASTMATH, helper
@@ -27,6 +28,7 @@ __all__ = [
     "load_i32",
     "load_i64",
     "ordered_bits",
+    "prefetch",
     "store",
     "store_f32",
     "store_f64",
@@ -38,6 +40,16 @@ __all__ = [
 
 def _pointer(builder: Any, address: Any, index: Any, element: ir.Type) -> Any:
     return builder.gep(builder.inttoptr(address, element.as_pointer()), [index])
+
+
+def prefetch(builder: Any, address: Any, level: int) -> None:
+    """Code that asks for the cache line at `address`, to be read, in the first or second cache."""
+    pointer = builder.inttoptr(address, _I8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    name = f"llvm.prefetch.{pointer.type.intrinsic_name}"
+    # LLVM counts from 3, nearest, down; the last number says data.
+    arguments = [pointer, _I32(0), _I32(4 - level), _I32(1)]
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 _F32, _F16 = ir.FloatType(), ir.HalfType()

@@ -30,56 +30,19 @@ def _add_vectors(x, x_stride, w, w_stride, sums, rows, columns, ahead, tag):
     """sums[m, c] += x[m, k] * w[k, c] for `_DEPTH` k, all rows and whole vectors of columns."""
     size = item_bytes(tag)
     for c in range(0, columns, LANES):
-        at = w + c * size
-        next_rows = ahead + c * size
-        m = 0
-        while m + 8 <= rows:
-            _eight(
-                x + 4 * m * x_stride,
-                x_stride,
-                at,
-                w_stride,
-                next_rows,
-                sums + 4 * (m * _BAND + c),
-                _BAND,
-                tag,
-            )
-            m += 8
-        if m + 4 <= rows:
-            _four(
-                x + 4 * m * x_stride,
-                x_stride,
-                at,
-                w_stride,
-                next_rows,
-                sums + 4 * (m * _BAND + c),
-                _BAND,
-                tag,
-            )
-            m += 4
-        if m + 2 <= rows:
-            _two(
-                x + 4 * m * x_stride,
-                x_stride,
-                at,
-                w_stride,
-                next_rows,
-                sums + 4 * (m * _BAND + c),
-                _BAND,
-                tag,
-            )
-            m += 2
-        if m < rows:
-            _one(
-                x + 4 * m * x_stride,
-                x_stride,
-                at,
-                w_stride,
-                next_rows,
-                sums + 4 * (m * _BAND + c),
-                _BAND,
-                tag,
-            )
+        at, next_rows = w + c * size, ahead + c * size
+        source, place, left = x, sums + 4 * c, rows
+        while left >= 8:
+            _eight(source, x_stride, at, w_stride, next_rows, place, _BAND, tag)
+            source, place, left = source + 4 * 8 * x_stride, place + 4 * 8 * _BAND, left - 8
+        if left >= 4:
+            _four(source, x_stride, at, w_stride, next_rows, place, _BAND, tag)
+            source, place, left = source + 4 * 4 * x_stride, place + 4 * 4 * _BAND, left - 4
+        if left >= 2:
+            _two(source, x_stride, at, w_stride, next_rows, place, _BAND, tag)
+            source, place, left = source + 4 * 2 * x_stride, place + 4 * 2 * _BAND, left - 2
+        if left > 0:
+            _one(source, x_stride, at, w_stride, next_rows, place, _BAND, tag)
 
 
 @helper()

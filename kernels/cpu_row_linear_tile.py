@@ -20,6 +20,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hf_paged.kernels.cpu_memory import prefetch
+
 __all__ = [
     "LANES",
     "add_across",
@@ -124,7 +126,7 @@ def add_block(rows: int, depth: int) -> Callable[..., Any]:
             totals = [builder.load(place, align=4) for place in places]
             for k in range(depth):
                 line = _load(builder, _step(builder, w, w_stride, k, _bytes(tag)), LANES, tag)
-                _ask_for(builder, _step(builder, ahead, w_stride, k, _bytes(tag)))
+                prefetch(builder, _step(builder, ahead, w_stride, k, _bytes(tag)), 1)
                 for r in range(rows):
                     source = builder.add(_step(builder, x, x_stride, r, 4), _I64(4 * k))
                     number = _splat(builder, _load(builder, source, 1, types.float32))
@@ -237,15 +239,6 @@ def _step(builder: Any, address: Any, stride: Any, times: int, size: int) -> Any
 
 def _pointer(builder: Any, address: Any, kind: ir.Type) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
-
-
-def _ask_for(builder: Any, address: Any) -> None:
-    pointer = _pointer(builder, address, ir.IntType(8))
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-    prefetch = cgutils.get_or_insert_function(
-        builder.module, kind, f"llvm.prefetch.{pointer.type.intrinsic_name}"
-    )
-    builder.call(prefetch, [pointer, _I32(0), _I32(3), _I32(1)])  # to read; to the first cache; data
 
 
 def _zero(builder: Any) -> Any:

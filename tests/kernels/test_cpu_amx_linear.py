@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import hf_paged
 from hf_paged.kernels import cpu_amx_linear, cpu_backend, cpu_linear, cpu_runtime
 from hf_paged.kernels.cpu_amx_linear import amx_linear
-from tests.kernels.test_cpu_linear import gpt2, llama
+from tests.kernels.test_cpu_linear import assert_native_tokens_are_equal, gpt2, llama
 
 pytestmark = pytest.mark.skipif(cpu_amx_linear.missing() is not None, reason=str(cpu_amx_linear.missing()))
 
@@ -259,17 +258,5 @@ def test_infinity_goes_to_the_library(products):
 @pytest.mark.parametrize("family, layers", [(gpt2, 4), (llama, 7)])
 def test_a_model_gives_the_same_tokens(products, family, layers):
     torch.manual_seed(0)
-    model = family().eval()
-    ids = torch.randint(3, 2500, (20, 9))
-    options = {
-        "attention_mask": torch.ones_like(ids),
-        "max_new_tokens": 12,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
-    expected = model.generate(ids, **options)
-    with hf_paged.enabled(model):
-        actual = model.generate(ids, **options)
-        assert hf_paged.stats(model).native_calls == 1
-    assert torch.equal(actual, expected)
+    assert_native_tokens_are_equal(family().eval(), 20)
     assert len([made for made in products if made[0] == 20]) >= 11 * layers
