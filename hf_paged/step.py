@@ -41,6 +41,9 @@ class StepPlan:
     #: How many of each sequence's tokens, the last ones, are drafts (`Sequence.draft`); empty: there are none.
     #: The token before the first draft and each draft get a row of logits.
     num_drafts: list[int] = field(default_factory=list)
+    #: Every sequence has tokens of its own already and wants one more, and nothing else is to be looked after: no
+    #: drafts, beams, adapters, recordings or callers that choose. What only those need is not looked for then.
+    is_plain: bool = False
 
     @property
     def logits_counts(self) -> list[int]:

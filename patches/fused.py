@@ -4,6 +4,7 @@
     LlamaRMSNorm       six                          -> rms_norm
     LlamaDecoderLayer  sum and norm after attention -> one launch, in steps of the Triton backend
     LlamaMLP           activation and product       -> one launch, in steps of the Triton backend
+    these and GPT's MLPs     calls of their modules -> the functions that these are (`patches.direct`)
     Linear, Conv1D     MKL's product                -> oneDNN's or ours, where faster (`kernels.cpu_linear`)
 
 In float32 all agree with the original to rounding; in half precision they round once instead of at each
@@ -13,7 +14,6 @@ has another forward than the one known here, the module runs what it ran before.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_paged.kernels import cpu_linear, cpu_norm
+from hf_paged.patches import direct
 from hf_paged.patches.attention import forward_slot, is_bound
 from hf_paged.patches.registry import class_reason, qualified_name
 from hf_paged.step import StepInputs
@@ -42,9 +43,6 @@ def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     table = dict(_FUSED)
     if cpu_linear.has_faster_products():
         table |= _PRODUCTS
-    # Each layer would feel them on a CPU, and they would never do anything there but in Triton's interpreter.
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        table |= _TRITON
     module: Any
     for module in model.modules():
         cls: Any = type(module)
@@ -98,32 +96,36 @@ def _rms_norm(module: Any, step: StepInputs, hidden_states: Tensor) -> Tensor | 
     return F.rms_norm(hidden_states, weight.shape, weight, module.variance_epsilon)
 
 
-def _llama_layer(module: Any, step: StepInputs, hidden_states: Tensor, **kwargs: Any) -> Tensor | None:
+def _llama_layer(module: Any, step: StepInputs, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     norm = module.post_attention_layernorm
-    if not (_in_triton(step, hidden_states) and _is_plain(norm, _RMS_NORM)):
-        return None
-    if norm.weight.dtype != hidden_states.dtype:
-        return None
+    normed = direct.call(module.input_layernorm, hidden_states)
+    attended, _ = direct.call(module.self_attn, hidden_states=normed, **kwargs)
+    # Under autocast the sum is of the wider dtype.
+    same = attended.dtype == hidden_states.dtype == norm.weight.dtype
+    if not (same and _in_triton(step, hidden_states) and _is_plain(norm, _RMS_NORM)):
+        total = hidden_states + attended
+        return total + direct.call(module.mlp, direct.call(norm, total))
     from hf_paged.kernels.triton_rms_norm import rms_norm
 
-    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
-    if attended.dtype != hidden_states.dtype:  # autocast inside: the sum is of the wider dtype
-        total = hidden_states + attended
-        return total + module.mlp(norm(total))
     rows = _rows(attended), norm.weight, norm.variance_epsilon, _rows(hidden_states)
     normed, total = (part.view_as(hidden_states) for part in rms_norm(*rows))
-    return total + module.mlp(normed)
+    return total + direct.call(module.mlp, normed)
 
 
-def _llama_mlp(module: Any, step: StepInputs, x: Tensor) -> Tensor | None:
-    if not (_in_triton(step, x) and _is_plain(module.act_fn, *_SILU)):
-        return None
+def _llama_mlp(module: Any, step: StepInputs, x: Tensor) -> Tensor:
+    gate, up = direct.call(module.gate_proj, x), direct.call(module.up_proj, x)
+    is_silu = _is_plain(module.act_fn, *_SILU)
+    if not (is_silu and _in_triton(step, x) and gate.dtype == up.dtype and gate.dtype in _FLOATS):
+        active = F.silu(gate) if is_silu else direct.call(module.act_fn, gate)
+        return direct.call(module.down_proj, active * up)
     from hf_paged.kernels.triton_activation import silu_mul
 
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    if gate.dtype != up.dtype or gate.dtype not in _FLOATS:
-        return module.down_proj(module.act_fn(gate) * up)
-    return module.down_proj(silu_mul(_rows(gate), _rows(up)).view_as(gate))
+    return direct.call(module.down_proj, silu_mul(_rows(gate), _rows(up)).view_as(gate))
+
+
+def _gpt_mlp(module: Any, step: StepInputs, x: Tensor) -> Tensor:
+    hidden = direct.call(module.act, direct.call(module.c_fc, x))
+    return direct.call(module.dropout, direct.call(module.c_proj, hidden))
 
 
 def _in_triton(step: StepInputs | None, x: Tensor) -> bool:
@@ -158,10 +160,10 @@ def _conv1d(module: Any, step: StepInputs, x: Tensor) -> Tensor | None:
 _FUSED: dict[str, Callable[..., Tensor | None]] = {
     "transformers.activations.NewGELUActivation": _gelu_tanh,
     _RMS_NORM: _rms_norm,
-}
-_TRITON: dict[str, Callable[..., Tensor | None]] = {
     f"{_LLAMA}.LlamaDecoderLayer": _llama_layer,
     f"{_LLAMA}.LlamaMLP": _llama_mlp,
+    "transformers.models.gpt2.modeling_gpt2.GPT2MLP": _gpt_mlp,
+    "transformers.models.gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeMLP": _gpt_mlp,
 }
 _PRODUCTS: dict[str, Callable[..., Tensor | None]] = {
     "torch.nn.modules.linear.Linear": _linear,

@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_paged.patches import direct
 from hf_paged.patches.attention import attend
 from hf_paged.patches.gpt_layout import blocks, check, find_attention_layers, position_limit, store_new_kv
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
 _MODELING = "transformers.models.gpt2.modeling_gpt2"
+_BLOCK, _ATTENTION = f"{_MODELING}.GPT2Block", f"{_MODELING}.GPT2Attention"
 
 
 def paged_forward(
@@ -28,22 +30,24 @@ def paged_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     query, key, value = split_heads(module, hidden_states)
-    output = module.c_proj(attend(step, layer, query, key, value, module.scaling))
-    return module.resid_dropout(output), None
+    output = direct.call(module.c_proj, attend(step, layer, query, key, value, module.scaling))
+    return direct.call(module.resid_dropout, output), None
 
 
 def split_heads(module: Any, hidden_states: Tensor) -> Sequence[Tensor]:
     """Query, key and value, each [T, H, D]."""
     tokens = hidden_states.shape[1]
-    return module.c_attn(hidden_states).view(tokens, 3, module.num_heads, module.head_dim).unbind(1)
+    return (
+        direct.call(module.c_attn, hidden_states).view(tokens, 3, module.num_heads, module.head_dim).unbind(1)
+    )
 
 
 def structure(model: Any) -> list[tuple[nn.Module, str]]:
     transformer = unwrapped(model.transformer)
-    parts = [(model, "GPT2LMHeadModel"), (transformer, "GPT2Model")]
+    parts = [(model, f"{_MODELING}.GPT2LMHeadModel"), (transformer, f"{_MODELING}.GPT2Model")]
     for block in map(unwrapped, transformer.h):
-        parts += [(block, "GPT2Block"), (unwrapped(block.attn), "GPT2Attention")]
-    return [(module, f"{_MODELING}.{name}") for module, name in parts]
+        parts += [(block, _BLOCK), (unwrapped(block.attn), _ATTENTION)]
+    return parts
 
 
 def attention_shape(module: Any) -> AttentionShape:

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_paged.patches import direct
 from hf_paged.patches.attention import attend
 from hf_paged.patches.gpt_layout import blocks, check, find_attention_layers, position_limit, store_new_kv
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
 
 _MODELING = "transformers.models.gpt_bigcode.modeling_gpt_bigcode"
+_BLOCK, _ATTENTION = f"{_MODELING}.GPTBigCodeBlock", f"{_MODELING}.GPTBigCodeAttention"
 
 
 def paged_forward(
@@ -27,14 +29,14 @@ def paged_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     query, key, value = split_heads(module, hidden_states)
-    output = module.c_proj(attend(step, layer, query, key, value, module.scaling))
-    return module.resid_dropout(output), None
+    output = direct.call(module.c_proj, attend(step, layer, query, key, value, module.scaling))
+    return direct.call(module.resid_dropout, output), None
 
 
 def split_heads(module: Any, hidden_states: Tensor) -> Sequence[Tensor]:
     """Query [T, H, D], key and value [T, H_kv, D]."""
     tokens, heads, head_dim = hidden_states.shape[1], module.num_heads, module.head_dim
-    qkv = module.c_attn(hidden_states)
+    qkv = direct.call(module.c_attn, hidden_states)
     if module.multi_query:
         return qkv.view(tokens, heads + 2, head_dim).split((heads, 1, 1), dim=1)
     return qkv.view(tokens, heads, 3, head_dim).unbind(2)
@@ -42,10 +44,10 @@ def split_heads(module: Any, hidden_states: Tensor) -> Sequence[Tensor]:
 
 def structure(model: Any) -> list[tuple[nn.Module, str]]:
     transformer = unwrapped(model.transformer)
-    parts = [(model, "GPTBigCodeForCausalLM"), (transformer, "GPTBigCodeModel")]
+    parts = [(model, f"{_MODELING}.GPTBigCodeForCausalLM"), (transformer, f"{_MODELING}.GPTBigCodeModel")]
     for block in map(unwrapped, transformer.h):
-        parts += [(block, "GPTBigCodeBlock"), (unwrapped(block.attn), "GPTBigCodeAttention")]
-    return [(module, f"{_MODELING}.{name}") for module, name in parts]
+        parts += [(block, _BLOCK), (unwrapped(block.attn), _ATTENTION)]
+    return parts
 
 
 def attention_shape(module: Any) -> AttentionShape:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_paged.kernels import cpu_rope
+from hf_paged.patches import direct
 from hf_paged.patches.attention import attend, rotates_in_kernel, store
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
 from hf_paged.step import StepInputs
@@ -22,6 +23,7 @@ from hf_paged.step import StepInputs
 _MODELING = "transformers.models.llama.modeling_llama"
 #: Upstream's own rotates [1, T, H, D] as it stands, up to twice as fast; one patched in may only know [1, H, T, D].
 _ROTATES_ANY_LAYOUT = apply_rotary_pos_emb.__module__ == _MODELING
+_BLOCK, _ATTENTION = f"{_MODELING}.LlamaDecoderLayer", f"{_MODELING}.LlamaAttention"
 _STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional")
 
 
@@ -34,29 +36,32 @@ def paged_forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    by_head = (1, hidden_states.shape[1], -1, module.head_dim)
-    query = module.q_proj(hidden_states).view(by_head)
-    key = module.k_proj(hidden_states).view(by_head)
-    value = module.v_proj(hidden_states).view(by_head)
+    by_head = (hidden_states.shape[1], -1, module.head_dim)
+    query = direct.call(module.q_proj, hidden_states).view(by_head)
+    key = direct.call(module.k_proj, hidden_states).view(by_head)
+    value = direct.call(module.v_proj, hidden_states).view(by_head)
     rotary = None
     if _ROTATES_ANY_LAYOUT and rotates_in_kernel(step, query, key):
         cos, sin = position_embeddings
         rotary = cos[0], sin[0]
     else:
         query, key = _rotated(query, key, *position_embeddings)
-    return module.o_proj(attend(step, layer, query[0], key[0], value[0], module.scaling, rotary)), None
+    attended = attend(step, layer, query, key, value, module.scaling, rotary)
+    return direct.call(module.o_proj, attended), None
 
 
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and key [1, T, heads, D] after RoPE."""
-    if not _ROTATES_ANY_LAYOUT:
-        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-        return query.transpose(1, 2), key.transpose(1, 2)
-    if query.device.type == "cpu" and query.dtype is key.dtype:
-        rotated = cpu_rope.rotate(query[0], key[0], cos[0], sin[0])
+    """Query and key [T, heads, D] after RoPE by `cos` and `sin` [1, T, D]."""
+    if _ROTATES_ANY_LAYOUT and query.device.type == "cpu" and query.dtype is key.dtype:
+        rotated = cpu_rope.rotate(query, key, cos[0], sin[0])
         if rotated is not None:
-            return rotated[0][None], rotated[1][None]
-    return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+            return rotated
+    if _ROTATES_ANY_LAYOUT:
+        query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin, unsqueeze_dim=2)
+        return query[0], key[0]
+    query, key = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    return query[0].transpose(0, 1), key[0].transpose(0, 1)
 
 
 def store_new_kv(
@@ -69,11 +74,12 @@ def store_new_kv(
     **kwargs: Any,
 ) -> None:
     module: Any = unwrapped(block.self_attn)
-    normed = block.input_layernorm(hidden_states)
-    by_head = (1, normed.shape[1], -1, module.head_dim)
-    key, value = module.k_proj(normed).view(by_head), module.v_proj(normed).view(by_head)
-    key, _ = _rotated(key, key[:, :, :0], *position_embeddings)
-    store(step, layer, key[0], value[0])
+    normed = direct.call(block.input_layernorm, hidden_states)
+    by_head = (normed.shape[1], -1, module.head_dim)
+    key = direct.call(module.k_proj, normed).view(by_head)
+    value = direct.call(module.v_proj, normed).view(by_head)
+    key, _ = _rotated(key, key[:, :0], *position_embeddings)
+    store(step, layer, key, value)
 
 
 def blocks(model: Any) -> Sequence[nn.Module]:
@@ -83,13 +89,13 @@ def blocks(model: Any) -> Sequence[nn.Module]:
 def structure(model: Any) -> list[tuple[nn.Module, str]]:
     decoder = unwrapped(model.model)
     parts = [
-        (model, "LlamaForCausalLM"),
-        (decoder, "LlamaModel"),
-        (decoder.rotary_emb, "LlamaRotaryEmbedding"),
+        (model, f"{_MODELING}.LlamaForCausalLM"),
+        (decoder, f"{_MODELING}.LlamaModel"),
+        (decoder.rotary_emb, f"{_MODELING}.LlamaRotaryEmbedding"),
     ]
     for block in map(unwrapped, decoder.layers):
-        parts += [(block, "LlamaDecoderLayer"), (unwrapped(block.self_attn), "LlamaAttention")]
-    return [(module, f"{_MODELING}.{name}") for module, name in parts]
+        parts += [(block, _BLOCK), (unwrapped(block.self_attn), _ATTENTION)]
+    return parts
 
 
 def find_attention_layers(model: Any) -> list[nn.Module]:

@@ -123,18 +123,21 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
-def override_reason(model: Any, spec: PatchSpec) -> str | None:
-    """Which part of `model` is not the family's own, or None."""
+def override_reason(model: Any, spec: PatchSpec, layers: list[nn.Module] | None = None) -> str | None:
+    """Which part of `model` is not the family's own, or None.
+
+    Args:
+        layers: its attention modules, if they are known.
+    """
     # Layers are many and of few classes.
-    parts: dict[tuple[Any, str], None] = {
-        (type(module), name): None for module, name in spec.structure(model)
-    }
+    parts = dict.fromkeys((type(module), name) for module, name in spec.structure(model))
     for cls, name in parts:
         reason = class_reason(cls, getattr(cls, "forward", None), name)
         if reason is not None:
             return reason
-    layers = spec.find_attention_layers(model)
-    if len({id(layer) for layer in layers}) < len(layers):
+    if layers is None:
+        layers = spec.find_attention_layers(model)
+    if len(set(map(id, layers))) < len(layers):
         return "several layers share one attention module"
     return None
 

@@ -42,6 +42,7 @@ __all__ = ["find_reasons"]
 
 _DEVICES = ("cpu", "cuda")
 _ATTENTION = ("eager", "sdpa", "flex_attention")
+_device_of: Callable[[torch.Tensor], torch.device] = vars(torch._C.TensorBase)["device"].__get__
 #: (module, function) of wrappers of a model's forward, with what they wrapped as `original_forward`.
 _PASS_THROUGH = frozenset({("trl.trainer.utils", "_fused_forward")})
 #: Modules whose hooks do not depend on how tokens are arranged: they record outputs only when asked to, mark
@@ -87,10 +88,10 @@ def find_reasons(
     variant = spec.check(model)
     if variant is not None:
         walk.add("unsupported_variant", variant)
-    overridden = override_reason(model, spec)
+    now = spec.find_attention_layers(model)
+    overridden = override_reason(model, spec, now)
     if overridden is not None:
         walk.add("class_forward_replaced", overridden)
-    now = spec.find_attention_layers(model)
     if len(now) != len(layers) or any(a is not b() for a, b in zip(now, layers, strict=True)):
         walk.add(
             "layers_changed", "the attention layers are not those the model was enabled with: enable it again"
@@ -111,12 +112,11 @@ def find_reasons(
 
 def _walk_modules(model: nn.Module, forwards: dict[int, Callable[..., Any]]) -> _Walk:
     walk = _Walk()
-    classes, parameter_classes, devices = walk.classes, walk.parameter_classes, walk.devices
+    parameters: list[torch.Tensor | None] = []
     seen = {None, model}
     stack: list[nn.Module] = [model]
     for module in stack:
         state = module.__dict__
-        classes.add(type(module))
         if state.get("_forward_hooks") or state.get("_forward_pre_hooks"):
             _check_hooks(walk, module)
         forward = state.get("forward")
@@ -131,15 +131,15 @@ def _walk_modules(model: nn.Module, forwards: dict[int, Callable[..., Any]]) -> 
             walk.training.append(module)
         if state.get("_compiled_call_impl") is not None:
             walk.add("compiled_forward", f"{type(module).__name__} runs through torch.compile")
-        if parameters := state["_parameters"]:
-            for parameter in tuple(parameters.values()):  # adapters may come and go meanwhile
-                if parameter is not None:
-                    parameter_classes.add(type(parameter))
-                    devices.add(parameter.device)
+        if own := state["_parameters"]:
+            parameters += tuple(own.values())  # a copy first: adapters may come and go meanwhile
         if children := state["_modules"]:
             new = [child for child in tuple(children.values()) if child not in seen]
             seen.update(new)
             stack += new
+    found = [parameter for parameter in parameters if parameter is not None]
+    walk.classes, walk.parameter_classes = set(map(type, stack)), set(map(type, found))
+    walk.devices = set(map(_device_of, found))
     return walk
 
 

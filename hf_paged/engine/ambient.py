@@ -4,7 +4,7 @@ the step."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +30,21 @@ class Ambient:
             torch.is_autocast_cache_enabled() if enabled else True,
         )
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
+    def enter(self) -> AbstractContextManager[None]:
         """Sets this state for the calling thread, gradients off, and puts the thread's own back."""
+        # Mostly nothing differs, and a step costs little more than the model's own calls then.
+        is_set = (
+            torch.is_inference_mode_enabled() == self.inference_mode
+            and not torch.is_grad_enabled()
+            and self.autocast_dtype is None
+            and not torch.is_autocast_enabled(self.device_type)
+        )
+        return nullcontext() if is_set else self._entered()
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
         with ExitStack() as stack:
-            # Only what differs is switched: a step costs little more than the model's own calls then.
+            # Only what differs is switched.
             if torch.is_inference_mode_enabled() != self.inference_mode:
                 stack.enter_context(torch.inference_mode(self.inference_mode))
             if torch.is_grad_enabled():

@@ -31,9 +31,9 @@ from hf_paged.engine.draft_vocabulary import (
     own_tokenizer,
 )
 from hf_paged.engine.drafting import Speculation
+from hf_paged.engine.plans import make_plan
 from hf_paged.engine.request import Call, Sequence, Status
 from hf_paged.engine.runtime import Runtime
-from hf_paged.engine.scheduler import make_plan
 
 _NEWEST_WEIGHT = 0.2
 #: Schedules of upstream's that lengthen drafts which were right and shorten others.

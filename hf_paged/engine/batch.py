@@ -70,7 +70,7 @@ def build(
         )
 
     counts = plan.logits_counts
-    tail = None if least_cut is None else _tail(plan, arrays, counts, least_cut)
+    tail = None if least_cut is None or plan.is_plain else _tail(plan, arrays, counts, least_cut)
     return StepInputs(
         owner=owner,
         input_ids=move(arrays.ids)[None],
@@ -80,8 +80,8 @@ def build(
         backend=backend,
         kv_layer=kv_layer,
         kv_scales=kv_scales,
-        adapters=_adapter_runs(plan),
-        embeds=_embeds(plan),
+        adapters=None if plan.is_plain else _adapter_runs(plan),
+        embeds=[] if plan.is_plain else _embeds(plan),
         tail=None if tail is None else metadata(tail, _leading_ones(counts), counts),
     )
 
@@ -155,15 +155,16 @@ def _few_decodes(plan: StepPlan, block_size: int) -> StepArrays:
 def _one(plan: StepPlan, block_size: int) -> StepArrays:
     """Of a step of one sequence."""
     seq, count = plan.sequences[0], plan.num_scheduled_tokens[0]
+    first, end = seq.num_computed, seq.num_computed + plan.num_scheduled_tokens[0]
     table = np.array([seq.block_table], np.int32)
-    positions = np.arange(seq.num_computed, seq.num_computed + count)
+    slots = np.array(seq.block_table, np.int64)[:, None] * block_size + np.arange(block_size)
     starts = np.array([0, count], np.int32)
     return StepArrays(
         ids=_token_ids(plan, starts),
-        positions=positions,
-        slots=table[0, positions // block_size].astype(np.int64) * block_size + positions % block_size,
+        positions=np.arange(first, end),
+        slots=slots.ravel()[first:end],
         tables=table,
-        seq_lens=np.array([seq.num_computed + count], np.int32),
+        seq_lens=np.array([end], np.int32),
         starts=starts,
         logits_indices=_logits_indices(plan, starts),
     )

@@ -116,6 +116,15 @@ class BlockManager:
         self.peak_used = max(self.peak_used, self.num_used)
         return copies
 
+    def without_place(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Those of `sequences` whose next token has no place in a block of their own: `allocate` has to make one."""
+        size, ref = self.block_size, self._ref
+        return [
+            s
+            for s in sequences
+            if s.num_computed >= size * len(s.block_table) or ref[s.block_table[s.num_computed // size]] > 1
+        ]
+
     def _reserve(self, count: int) -> bool:
         """Makes `count` blocks takeable: by growth while the pool is small beside its use, else by eviction."""
         short = count - len(self._free)
@@ -244,6 +253,13 @@ class BlockManager:
             self._computing.setdefault(key, seq)
         self.peak_used = max(self.peak_used, self.num_used)
         return True
+
+    def commit_filled(self, sequences: Iterable[Sequence]) -> None:
+        """`commit` for those of `sequences` that still run and have filled another block."""
+        size = self.block_size
+        for seq in sequences:
+            if seq.num_computed // size > len(seq.block_keys) and seq.block_table:
+                self.commit(seq)
 
     def commit(self, seq: Sequence) -> None:
         """Registers the keys of blocks that `seq.num_computed` has newly filled."""

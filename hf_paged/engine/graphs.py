@@ -26,7 +26,7 @@ from hf_paged.engine.adapters import is_adapter_layer
 from hf_paged.engine.ambient import Ambient
 from hf_paged.engine.kv_cache import KVCache
 from hf_paged.engine.step_buffers import StepBuffers
-from hf_paged.engine.weights import PLAIN_TENSORS
+from hf_paged.engine.weight_samples import PLAIN_TENSORS
 from hf_paged.errors import ConfigError
 from hf_paged.step import Forward, StepInputs, StepPlan
 

@@ -103,11 +103,12 @@ class StepLoop(TokenIntake):
         Args:
             ahead: where to leave the step's own tokens in flight; None: they are waited for.
         """
-        for seq in plan.sequences:
-            if seq.call.first_scheduled_at is None:
-                seq.call.first_scheduled_at = start
+        if not plan.is_plain:
+            for seq in plan.sequences:
+                if seq.call.first_scheduled_at is None:
+                    seq.call.first_scheduled_at = start
         self.step_started = start
-        recording = states.start(plan)
+        recording = None if plan.is_plain else states.start(plan)
         chosen: ChosenTokens | None = None
         try:
             logits = self._forward(runtime, plan, recording)
@@ -137,12 +138,19 @@ class StepLoop(TokenIntake):
             ahead.launched(plan, [plan.sequences[i] for i in plan.sample_indices], chosen)
         elif plan.sample_indices:
             self._sample(runtime, plan, logits)
+        if not plan.is_plain:
+            self._finish_restored(runtime, plan)
+        self.speculator.stepped(plan, time.perf_counter() - start)
+
+    def _finish_restored(self, runtime: Runtime, plan: StepPlan) -> None:
+        """Ends the calls that only waited for the KV of finished rows, which is here again."""
         if restored := [s for s in plan.sequences if s.finish_reason is not None and s.call.keep_kv]:
             self._finish(runtime, [s for s in restored if s.status is Status.RUNNING])
-        self.speculator.stepped(plan, time.perf_counter() - start)
 
     def _fail_lost(self, plan: StepPlan) -> bool:
         """Fails the calls whose adapters were taken away under them. Asked after a step: it may happen during one."""
+        if plan.is_plain:
+            return False
         lost = {
             s.call: s.adapters
             for s in plan.sequences
@@ -160,7 +168,10 @@ class StepLoop(TokenIntake):
         live = runtime.scheduler.running
         if self.gate is None:  # those that wait have their adapters in the model, too
             live = [*live, *runtime.scheduler.waiting]
-        stale = dict.fromkeys(s.call for s in self.guard.changed(self.model, plan.sequences, live))
+        planned = (
+            plan.sequences[:1] if plan.is_plain else plan.sequences
+        )  # none of them has adapters of its own
+        stale = dict.fromkeys(s.call for s in self.guard.changed(self.model, planned, live))
         if stale:
             runtime.look_again()
             # One error each: a traceback grows where it is raised.
@@ -174,7 +185,8 @@ class StepLoop(TokenIntake):
         return bool(stale)
 
     def _forward(self, runtime: Runtime, plan: StepPlan, recording: StepRecording | None) -> Tensor:
-        write_given(plan.sequences, runtime.cache)
+        if not plan.is_plain:
+            write_given(plan.sequences, runtime.cache)
         if plan.block_copies:
             runtime.cache.copy_blocks(plan.block_copies, runtime.backend)
         model, ambient, owner = self.model, plan.sequences[0].call.ambient, self.patch.owner
@@ -207,6 +219,11 @@ class StepLoop(TokenIntake):
 
     def _sample(self, runtime: Runtime, plan: StepPlan, logits: Tensor) -> None:
         """A next token for each sequence that reached its last one, and for those forked from it just now."""
+        if plan.is_plain:
+            with plan.sequences[0].call.ambient.enter():
+                chosen = runtime.sampler.sample(logits, plan.sequences)
+            self._append(runtime, plan.sequences, _one_each(chosen))
+            return
         sequences = [plan.sequences[i] for i in plan.sample_indices]
         rows = list(itertools.accumulate(plan.logits_counts[:-1], initial=0))
         beams, rows, sequences = beam_steps.set_apart(rows, sequences)
@@ -230,9 +247,13 @@ class StepLoop(TokenIntake):
             if not sequences:
                 return
             tokens = runtime.sampler.sample(last, sequences)
-        self._append(runtime, sequences, [t if isinstance(t, BaseException) else [t] for t in tokens])
+        self._append(runtime, sequences, _one_each(tokens))
         if plan.num_drafts:
             append = functools.partial(self._append, runtime, drafted=True)
             drafted, accepted = self.speculator.verify(plan, logits, runtime.sampler, append)
             self.counters.drafted_tokens += drafted
             self.counters.accepted_tokens += accepted
+
+
+def _one_each(tokens: list[int | BaseException]) -> list[list[int] | BaseException]:
+    return [token if isinstance(token, BaseException) else [token] for token in tokens]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from hf_paged.engine.adapters import Selection, base_modules
-from hf_paged.engine.weights import Samples, adapters_version, optimizer_steps, weights_version
+from hf_paged.engine.weight_samples import Samples
+from hf_paged.engine.weights import adapters_version, optimizer_steps, weights_version
 
 if TYPE_CHECKING:
     from hf_paged.engine.request import Call

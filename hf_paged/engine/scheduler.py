@@ -18,17 +18,9 @@ from collections.abc import Iterable
 from hf_paged.engine import groups
 from hf_paged.engine.adapter_gate import AdapterGate
 from hf_paged.engine.block_manager import BlockManager
+from hf_paged.engine.plans import decode_plan, is_special, make_plan, num_missing, turn
 from hf_paged.engine.request import Call, Sequence, SequenceGroup, Status
 from hf_paged.step import StepPlan
-
-
-def _is_chunk(seq: Sequence) -> bool:
-    return seq.num_computed + 1 < len(seq.token_ids)
-
-
-def _turn(seq: Sequence) -> tuple[bool, bool]:
-    """Single tokens before chunks; beams first, since they take their step together or not at all."""
-    return (_is_chunk(seq), seq.group is None)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
@@ -49,6 +41,7 @@ class Scheduler:
         self.prefix_hit_tokens = 0
         self._arrivals = 0
         self._ambients: Counter[object] = Counter()  # sequences present, by ambient state
+        self._special: set[Sequence] = set()  # those present of which more is wanted than their next tokens
         self._last_ambient: object = None
 
     # --- coming and going -------------------------------------------------------------------------------------------
@@ -60,6 +53,8 @@ class Scheduler:
             seq.arrival = self._arrivals
             self._arrivals += 1
             self._ambients[call.ambient] += 1
+            if is_special(seq):
+                self._special.add(seq)
             if seq.group is None or seq in seq.group.active:
                 bisect.insort(self.waiting, seq, key=_order)
 
@@ -70,6 +65,7 @@ class Scheduler:
             self.waiting = [s for s in self.waiting if s not in leaving]
         if any(s.status is Status.RUNNING for s in leaving):
             self.running = [s for s in self.running if s not in leaving]
+        self._special -= leaving
         for seq in leaving:
             seq.status = Status.FINISHED
             self._ambients[seq.call.ambient] -= 1
@@ -107,46 +103,83 @@ class Scheduler:
         return states
 
     def _schedule(self, ambient: object) -> StepPlan | None:
+        if self._has_only_decodes():
+            return self._schedule_decodes(ambient)
         chosen: dict[Sequence, int] = {}
         copies: dict[Sequence, list[tuple[int, int]]] = {}
-        budget = self.max_num_batched_tokens
-        preempted = False
+        budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
         # The sort is stable: by age within a turn.
-        candidates = [s for s in self.running if s.call.ambient == ambient and _num_missing(s)]
+        candidates = [s for s in self.running if s.call.ambient == ambient and num_missing(s)]
         shares = self._group_shares(candidates)
-        for seq in sorted(candidates, key=_turn):
+        for seq in sorted(candidates, key=turn):
             if budget <= 0 or len(chosen) >= self.max_num_seqs:
                 break
             if seq.status is not Status.RUNNING:
                 continue
-            wanted = (
-                shares.get(seq, 0) if seq.group is not None else _num_missing(seq) + self._num_drafts(seq)
-            )
+            wanted = shares.get(seq, 0) if seq.group is not None else num_missing(seq) + self._num_drafts(seq)
             count = min(wanted, budget)
             if not count:
                 continue
-            made = self.manager.allocate(seq, seq.num_computed + count)
-            while made is None:
-                preempted = True
-                victims = self._preempt(self.running[-1])
-                for victim in victims:
-                    budget += chosen.pop(victim, 0)
-                    copies.pop(victim, None)
-                if seq in victims:
-                    break
-                made = self.manager.allocate(seq, seq.num_computed + count)
-            if made is not None:
-                chosen[seq], copies[seq] = count, made
-                budget -= count
-        if not preempted:
+            budget += self._allocate(seq, count, chosen, copies) - count
+        if self.num_preemptions == num_preemptions:
             self._admit(ambient, chosen, copies, budget)
-            held = [s for s in self.running if s.call.ambient == ambient and not s.call.keep_kv]
-            held = [s for s in held if not _num_missing(s) and not s.call.attended and not s.num_ahead]
-            while held and not chosen:
-                # Finished rows, or those of a lockstep call, wait for one that has no blocks, and leave it none.
-                self._preempt(held.pop())
-                self._admit(ambient, chosen, copies, budget)
+            if not chosen:
+                self._admit_by_force(ambient, chosen, copies, budget)
         return make_plan(chosen, copies) if chosen else None
+
+    def _has_only_decodes(self) -> bool:
+        """Whether all that run have tokens of their own and want the next, and there is place for all of them."""
+        running = self.running
+        return (
+            not self._special
+            and len(self._ambients) == 1
+            and 0 < len(running) <= self.max_num_seqs
+            and all(
+                len(s.token_ids) - s.num_computed == 1 and s.num_computed >= s.prompt_len and not s.draft
+                for s in running
+            )
+        )
+
+    def _schedule_decodes(self, ambient: object) -> StepPlan | None:
+        """What `_schedule` would plan where `_has_only_decodes`, in a few microseconds for dozens of sequences."""
+        chosen = dict.fromkeys(self.running, 1)
+        copies: dict[Sequence, list[tuple[int, int]]] = {}
+        num_preemptions = self.num_preemptions
+        for seq in self.manager.without_place(self.running):
+            if seq.status is Status.RUNNING:
+                self._allocate(seq, 1, chosen, copies)
+        num_decodes = len(chosen)
+        if self.waiting and self.num_preemptions == num_preemptions:
+            self._admit(ambient, chosen, copies, self.max_num_batched_tokens - num_decodes)
+        if len(chosen) > num_decodes:
+            return make_plan(chosen, copies)
+        return decode_plan(list(chosen), copies) if chosen else None
+
+    def _allocate(self, seq: Sequence, count: int, chosen: dict, copies: dict) -> int:
+        """Plans `count` tokens of `seq`, in blocks of the youngest where there are no others.
+
+        Returns:
+            How many planned tokens were given up for it: its own among them where it was the youngest itself.
+        """
+        given_up = 0
+        while (made := self.manager.allocate(seq, seq.num_computed + count)) is None:
+            victims = self._preempt(self.running[-1])
+            for victim in victims:
+                given_up += count if victim is seq else chosen.get(victim, 0)
+                chosen.pop(victim, None)
+                copies.pop(victim, None)
+            if seq in victims:
+                return given_up
+        chosen[seq], copies[seq] = count, made
+        return given_up
+
+    def _admit_by_force(self, ambient: object, chosen: dict, copies: dict, budget: int) -> None:
+        """Starts one that waits for blocks of finished rows, or of rows of a lockstep call, which wait for it."""
+        held = [s for s in self.running if s.call.ambient == ambient and not s.call.keep_kv]
+        held = [s for s in held if not num_missing(s) and not s.call.attended and not s.num_ahead]
+        while held and not chosen:
+            self._preempt(held.pop())
+            self._admit(ambient, chosen, copies, budget)
 
     def _num_drafts(self, seq: Sequence) -> int:
         """How many drafts of `seq` go with it: none where that would take one of the last blocks."""
@@ -175,14 +208,14 @@ class Scheduler:
         admitted: list[int] = []  # places in `waiting`
         # Those that take no part in a step: they wait for their callers, or for the other rows of their call. They keep
         # their blocks, but no place.
-        held = sum(1 for s in self.running if not _num_missing(s)) if self.waiting else 0
+        held = sum(1 for s in self.running if not num_missing(s)) if self.waiting else 0
         taken = self._num_places
         if self.gate is not None:
             self.gate.begin()
         for place, seq in enumerate(self.waiting):
             if budget <= 0 or taken - held >= self.max_num_seqs:
                 break
-            if seq.call.ambient != ambient or seq.will_be_forked or not _num_missing(seq):
+            if seq.call.ambient != ambient or seq.will_be_forked or not num_missing(seq):
                 continue
             if seq.group is not None:
                 if seq.status is Status.RUNNING:
@@ -211,11 +244,11 @@ class Scheduler:
                 # No prefix was looked for. The loop writes them before the step.
                 seq.given_kv.in_blocks = False
                 seq.num_computed = seq.given_kv.num_tokens
-            if not _num_missing(seq):
+            if not num_missing(seq):
                 seq.num_computed -= (
                     1  # a row that only wants its KV back, and found it all: one token makes a step
                 )
-            count = min(_num_missing(seq), budget)
+            count = min(num_missing(seq), budget)
             made = self.manager.allocate(seq, seq.num_computed + count)
             if made is None:
                 self.manager.free(seq)
@@ -309,7 +342,7 @@ class Scheduler:
             if seq.status is Status.FINISHED:
                 continue
             seq.num_computed += count - (plan.num_drafts[i] if plan.num_drafts else 0)
-            self.manager.commit(seq)
+        self.manager.commit_filled(plan.sequences)
 
     def accept(self, seq: Sequence) -> None:
         """The tokens of `seq` before its newest were right drafts of the last step: they are computed already.
@@ -344,35 +377,3 @@ class Scheduler:
             if seq.status is Status.WAITING:
                 seq.status = Status.RUNNING
                 bisect.insort(self.running, seq, key=_order)
-
-
-def _num_missing(seq: Sequence) -> int:
-    """How many tokens of `seq` the next steps have to compute, drafts aside."""
-    if seq.handed_over:
-        return 0
-    if seq.num_ahead and (seq.num_chosen >= seq.max_new_tokens or seq.status is Status.WAITING):
-        return 0  # the token on its way is its last, or it was preempted since and needs that one first
-    if seq.finish_reason is None or not seq.call.run_on or seq.num_generated < seq.call.run_on_width:
-        return seq.num_uncomputed
-    # It runs on and has gone as far as it may for now: only what its user wants of it may be missing.
-    return seq.num_uncomputed - 1 if seq.call.keep_kv else 0
-
-
-def make_plan(chosen: dict[Sequence, int], copies: dict[Sequence, list[tuple[int, int]]]) -> StepPlan:
-    """The step in which each sequence of `chosen` gets so many tokens, after the block copies of each."""
-    ordered = sorted(chosen, key=lambda s: chosen[s] > 1)  # stable: single tokens first
-    if any(s.adapters is not None for s in ordered):
-        # Within both parts rows of one adapter lie together, so that its products are few and large.
-        ordered.sort(key=lambda s: (chosen[s] > 1, () if s.adapters is None else s.adapters.names))
-    counts = [chosen[s] for s in ordered]
-    drafts = [max(0, c - s.num_uncomputed) if s.draft else 0 for s, c in zip(ordered, counts, strict=True)]
-    return StepPlan(
-        sequences=ordered,
-        num_scheduled_tokens=counts,
-        num_decodes=sum(1 for c in counts if c == 1),
-        block_copies=[pair for s in ordered for pair in copies[s]],
-        sample_indices=[
-            i for i, (s, c) in enumerate(zip(ordered, counts, strict=True)) if s.num_uncomputed <= c
-        ],
-        num_drafts=drafts if any(drafts) else [],
-    )

@@ -9,10 +9,8 @@ have versions of their own: loading or changing one leaves prefixes of the other
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import threading
-from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,16 +20,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_paged.engine.adapters import adapter_facts, containers, entries, is_adapter_layer
+from hf_paged.engine.weight_samples import Samples
 
 _optimizer_steps = 0
 _steps_of: dict[int, int] = {}  # id of a tensor -> optimizer steps it took part in
 _hook_lock = threading.Lock()
 _hook_installed = False
 
-PLAIN_TENSORS = (Tensor, nn.Parameter)
-_UNITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
-#: Values read from each tensor; a change that leaves all of them as they were goes unnoticed unless `_version` tells.
-SAMPLES = 4
 #: Rotary embeddings that make other frequencies as longer sequences come: these change nothing that is cached.
 _GROWING_ROPE = ("dynamic", "longrope")
 _float_options: dict[type, tuple[str, ...]] = {}  # class of modules -> their attributes that are floats
@@ -128,67 +123,7 @@ def adapters_version(modules: Iterable[nn.Module], names: tuple[str, ...] | None
     return _digest(tensors, facts, None) if len(facts) > 1 else b""
 
 
-class Samples:
-    """Reads a few numbers of each tensor, and remembers where they lie: this is done before every call.
-
-    Addresses are kept, not tensors, and used only for a tensor that is still where and as large as it was.
-    """
-
-    def __init__(self) -> None:
-        self._places: dict[int, tuple[tuple[int, int, torch.dtype], list[Any]]] = {}
-
-    def read(self, tensors: Iterable[Tensor]) -> array[int]:
-        """What tells the tensors, and the numbers read of those that are in plain memory."""
-        known, fresh = self._places, {}
-        facts = array("q")
-        for tensor in tensors:
-            key = id(tensor)
-            device = tensor.device
-            if device.type == "meta" or tensor.layout is not torch.strided:
-                facts.extend((key, -1 if tensor.is_inference() else tensor._version))
-                continue
-            address, dtype = tensor.data_ptr(), tensor.dtype
-            facts.extend(
-                (
-                    key,
-                    address,
-                    -1 if tensor.is_inference() else tensor._version,
-                    hash((dtype, device)),
-                    _steps_of.get(key, 0),
-                )
-            )
-            identity = (address, tensor.numel(), dtype)
-            entry = known.get(key)
-            if entry is None or entry[0] != identity or not tensor.is_contiguous():
-                if device.type != "cpu":
-                    continue
-                if not address or type(tensor) not in PLAIN_TENSORS or not tensor.is_contiguous():
-                    facts.frombytes(_numbers(tensor))
-                    continue
-                entry = (identity, number_places(*identity))
-            fresh[key] = entry
-            facts.extend([place.value for place in entry[1]])
-        self._places = fresh
-        return facts
-
-
-def number_places(address: int, numel: int, dtype: torch.dtype) -> list[Any]:
-    """Objects whose `value` is a number at that moment, as an int."""
-    unit = _UNITS[min(dtype.itemsize, 8)]  # of a complex number the real part
-    stride = max(1, (numel - 1) // SAMPLES)
-    return [unit.from_address(address + i * dtype.itemsize) for i in range(0, numel, stride)[: SAMPLES + 1]]
-
-
-def _numbers(tensor: Tensor) -> bytes:
-    """The same of a tensor that is no plain memory."""
-    flat = tensor.detach()
-    flat = flat.view(-1) if flat.is_contiguous() else flat.flatten()
-    stride = max(1, (flat.numel() - 1) // SAMPLES)
-    return array("d", flat[::stride][: SAMPLES + 1].tolist()).tobytes()
-
-
 def _digest(tensors: list[Tensor], others: object, samples: Samples | None) -> bytes:
-    facts = (samples or Samples()).read(tensors)
-    digest = hashlib.sha256(facts.tobytes())
+    digest = hashlib.sha256((samples or Samples()).read(tensors, _steps_of))
     digest.update(repr(others).encode())
     return digest.digest()

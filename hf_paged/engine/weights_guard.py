@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from hf_paged.engine.adapters import (
@@ -17,15 +16,12 @@ from hf_paged.engine.adapters import (
     entries,
     is_adapter_layer,
 )
-from hf_paged.engine.weights import Samples, adapters_version, optimizer_steps, weights_version
+from hf_paged.engine.weight_samples import Samples, version_of
+from hf_paged.engine.weights import adapters_version, optimizer_steps, weights_version
 from hf_paged.engine.weights_snapshot import WeightsSnapshot
 
 if TYPE_CHECKING:
     from hf_paged.engine.request import Sequence
-
-
-#: `tensor._version` without a frame of Python for each: this is asked of hundreds of tensors a step.
-_version_of: Callable[[Tensor], int] = vars(torch._C.TensorBase)["_version"].__get__
 
 
 class _Watch:
@@ -40,7 +36,7 @@ class _Watch:
         return before != self._trace
 
     def _look(self) -> tuple[int, int]:
-        return optimizer_steps(), sum(map(_version_of, self._tensors))
+        return optimizer_steps(), sum(map(version_of, self._tensors))
 
 
 class WeightsGuard:
@@ -50,12 +46,13 @@ class WeightsGuard:
     adapters that the step ran with: a tenth of a microsecond a tensor, some more where caches are cold. An adapter that
     is not in a step is looked at again when it next is, against what was seen of it last. What
     leaves none (edits of `.data`, of an adapter's scaling) is looked for so seldom that it takes at most a fiftieth
-    of the time: in a snapshot where one will do, which is quick; else, and where the snapshot or a trace says that
-    something changed, by comparing versions.
+    of the time: by comparing versions, and after a while in a snapshot where one will do, which is quick, until the
+    snapshot or a trace says that something changed.
     """
 
     _SHARE = 50
-    _FIRST_AFTER_S = 0.02  # a full look and its snapshot take 1 ms on the smallest models
+    _FIRST_AFTER_S = 0.02
+    _SNAPSHOT_AFTER_S = 0.2  # it takes as long to make as several comparisons of versions
 
     def __init__(self) -> None:
         self._samples = Samples()
@@ -63,7 +60,7 @@ class WeightsGuard:
         self._watched: _Watch | None = None  # the base model
         self._layers: list[nn.Module] = []  # that hold adapters
         self._adapters: dict[Selection | None, _Watch] = {}
-        self._next_check = 0.0
+        self._next_check = self._snapshot_from = 0.0
         self._snapshot: WeightsSnapshot | None = None
         self._known: set[bytes] = set()  # namespaces that belong to the weights of the snapshot
 
@@ -106,7 +103,8 @@ class WeightsGuard:
 
     def _compare(self, model: nn.Module, sequences: Collection[Sequence]) -> list[Sequence]:
         self._drop_snapshot()
-        snapshot = WeightsSnapshot.of(model)  # before the versions: nothing can change unseen between the two
+        # Before the versions: nothing can change unseen between the two.
+        snapshot = WeightsSnapshot.of(model) if time.perf_counter() >= self._snapshot_from else None
         modules = base_modules(model)
         base = weights_version(modules, self._samples)
         layers = [module for module in modules if is_adapter_layer(module)]
@@ -138,7 +136,8 @@ class WeightsGuard:
         if not self._running:
             # Most calls of one step end here. Between the start of a call and now anything may have happened.
             self._running = True
-            self._next_check = time.perf_counter() + self._FIRST_AFTER_S
+            now = time.perf_counter()
+            self._next_check, self._snapshot_from = now + self._FIRST_AFTER_S, now + self._SNAPSHOT_AFTER_S
             return False
         if self._has_trace(model, {seq.adapters for seq in planned}):
             self._drop_snapshot()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.engine.adapters import base_modules, is_adapter_layer
-from hf_paged.engine.weights import PLAIN_TENSORS, SAMPLES, buffers_of, number_places
+from hf_paged.engine.weight_samples import PLAIN_TENSORS, SAMPLES, number_places
+from hf_paged.engine.weights import buffers_of
 
 
 class WeightsSnapshot:

@@ -35,14 +35,15 @@ def input_reasons(
             return
     if ids.device != model.device:
         yield reason("input_device", f"{ids.device}, not {model.device}")
+    vocab_size = engine.vocab_size
     if ids.numel():
         numbers = ids.cpu().numpy()  # on small inputs many times as fast as torch
-        low, high = int(numbers.min()), int(numbers.max())
-        if low < 0 or high >= engine.vocab_size:
-            yield reason("token_range", f"{low if low < 0 else high}, vocabulary of {engine.vocab_size}")
+        if numbers.view(np.uint64).max() >= vocab_size:  # a negative one is very large there
+            low, high = int(numbers.min()), int(numbers.max())
+            yield reason("token_range", f"{low if low < 0 else high}, vocabulary of {vocab_size}")
     pad = prepared.config._pad_token_tensor
     # Upstream feeds pads to the model for rows that finish before others.
-    if pad is not None and len(ids) > 1 and not 0 <= int(pad) < engine.vocab_size:
+    if pad is not None and len(ids) > 1 and not 0 <= int(pad) < vocab_size:
         yield reason("token_range", f"pad_token_id={int(pad)}")
     mask, shape = prepared.attention_mask, (len(ids), prepared.prompt_width)
     if mask is not None and not _is_left_padding(prepared, mask, shape):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -116,7 +117,9 @@ class Prepared:
         mask = self.attention_mask
         if mask is None:
             return None
-        ones: np.ndarray = (mask == 1).cpu().numpy()
+        # On small masks numpy is several times as fast as torch; it does not know every dtype.
+        is_usual = mask.dtype in (torch.int64, torch.bool) and mask.device.type == "cpu"
+        ones: np.ndarray = mask.numpy() == 1 if is_usual else (mask == 1).cpu().numpy()
         return None if ones.all() else ones
 
     @functools.cached_property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged.engine.memory import available_bytes
-from hf_paged.engine.weights import Samples
+from hf_paged.engine.weight_samples import Samples
 from hf_paged.integrations.peft_tuners import is_grouped
 
 __all__ = ["HostMover", "Mover", "Parked", "host_budget"]

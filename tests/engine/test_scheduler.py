@@ -141,3 +141,64 @@ def test_pool_of_one_sequence_serves_many(blocks):
         scheduler.add(call)
     device.run_all()
     assert all(c.sequences[0].num_generated == 7 for c in calls)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), num_blocks=st.integers(6, 24), max_num_seqs=st.integers(1, 6), caching=st.booleans())
+def test_steps_of_nothing_but_decodes_are_planned_as_all_are(data, num_blocks, max_num_seqs, caching):
+    """The short way of `_schedule_decodes` plans what the general one plans, in pools that preempt, too."""
+    work = [
+        (at, data.draw(prompts), data.draw(st.integers(1, 9)), data.draw(st.integers(0, 2)))
+        for at in sorted(data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=6)))
+    ]
+
+    def plans(*, short_way: bool) -> tuple[list[tuple], int]:
+        scheduler = make_scheduler(
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            prefix_caching=caching,
+            max_num_batched_tokens=16,
+        )
+        if not short_way:
+            scheduler._has_only_decodes = lambda: False
+        device, todo = SlotDevice(scheduler), list(work)
+        while todo or scheduler.has_work:
+            while todo and todo[0][0] <= device.steps:
+                _, prompt, new, forks = todo.pop(0)
+                call = make_call(prompt, max_new_tokens=new)
+                for _ in range(forks):
+                    call.add_row(prompt, new, fork_of=0)
+                scheduler.add(call)
+            if scheduler.has_work:
+                device.step()
+            else:
+                todo[0] = (0, *todo[0][1:])
+        found = [
+            (
+                [s.arrival for s in p.sequences],
+                p.num_scheduled_tokens,
+                p.num_decodes,
+                p.block_copies,
+                p.sample_indices,
+                p.num_drafts,
+            )
+            for p in device.plans
+        ]
+        return found, sum(p.is_plain for p in device.plans)
+
+    short, num_plain = plans(short_way=True)
+    general, none = plans(short_way=False)
+    assert short == general
+    assert none == 0
+    assert num_plain <= len(short)
+
+
+def test_steps_of_nothing_but_decodes_are_plain():
+    scheduler = make_scheduler(num_blocks=64)
+    device = SlotDevice(scheduler)
+    for i in range(3):
+        scheduler.add(make_call([i] * 5, max_new_tokens=4))
+    device.run_all()
+    scheduler.add(make_call([9] * 5, max_new_tokens=4, run_on=True))
+    device.run_all()
+    assert [p.is_plain for p in device.plans] == [False, True, True, True] + [False] * 4

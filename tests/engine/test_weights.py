@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_paged.engine import weights
 from hf_paged.engine.adapters import base_modules
-from hf_paged.engine.weights import Samples
+from hf_paged.engine.weight_samples import Samples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -105,4 +105,34 @@ def test_memory_of_a_dropped_tensor_is_neither_kept_nor_read():
         freed.append(torch.empty(size, dtype=torch.uint8).fill_(1).sum().item() == size)
         weights_version(m, samples)
     assert all(freed)
-    assert len(samples._places) == len(list(m.parameters())) + len(list(m.buffers()))
+    held = [id(tensor) for tensor in (*m.parameters(), *m.buffers())]
+    assert samples._identity[0] == held
+
+
+def test_steps_of_another_models_optimizer_change_nothing():
+    weights.watch_optimizers()
+    m, other, samples = model(), model(), Samples()
+    before = weights_version(m, samples)
+    other[1](torch.randn(2, 24)).sum().backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    assert weights_version(m, samples) == before
+
+
+def test_numbers_that_are_not_aligned_are_read():
+    room = torch.zeros(4 * 12 + 1, dtype=torch.uint8)
+    m, samples = nn.Module(), Samples()
+    m.register_buffer("weight", torch.frombuffer(room.numpy()[1:], dtype=torch.float32))
+    before = weights_version(m, samples)
+    assert weights_version(m, samples) == before
+    room[1:] = 63
+    assert weights_version(m, samples) != before
+
+
+def test_tensors_of_inference_mode_are_read():
+    samples = Samples()
+    with torch.inference_mode():
+        m = model()
+        before = weights_version(m, samples)
+        assert weights_version(m, samples) == before
+        m[1].weight.data.mul_(2)
+    assert weights_version(m, samples) != before
