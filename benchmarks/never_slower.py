@@ -1,8 +1,10 @@
 """No case where enabling makes `generate` slower or larger: a grid of batches, prompts and lengths.
 
-Models {demo LLaMA, 5 M, 124M} × batch {1, 4, 16, 32} × equal prompts {16, 256} × new tokens {1, 16, 128};
-each case is plain and enabled `generate` in turn, the latter after a call of one token (what a first call costs is in
-`import_time.py`). Targets: every median ratio of speed ≥ 0.95 of plain, peak memory of the process ≤ 1.05 of plain.
+Models {demo LLaMA, 5 M, 124M} × batch {1, 4, 16, 32} × equal prompts {16, 256} × new tokens {1, 16, 128}.
+Speed: a plain model and an enabled copy of it generate in turn, from other prompts each time, so that no prefix is
+cached; both have run before (what a first call costs is in `import_time.py`). Memory: apart, since a full garbage
+collection goes before each measurement; the model is enabled anew for each, and has made a call of one token.
+Targets: every median ratio of speed ≥ 0.95 of plain, peak memory of the process ≤ 1.05 of plain.
 Rows are written as they come; --resume goes on where a run ended.
 
     python benchmarks/never_slower.py [--models llama-demo,gpt2-5m,gpt2-124m] [--repeats 3] [--json FILE]
@@ -26,7 +28,7 @@ import hf_paged
 from hf_paged._env import environment
 from hf_paged.comparison.api import plain_defaults
 from hf_paged.comparison.arm_generate import PaddedArm
-from hf_paged.comparison.arms import ArmContext, ArmRun, position_limit
+from hf_paged.comparison.arms import ArmContext, position_limit
 from hf_paged.comparison.measure import PeakMemory
 from hf_paged.comparison.models import build_random, load_model, parse_dtype
 from hf_paged.comparison.report import write_json
@@ -35,50 +37,60 @@ from hf_paged.comparison.workloads import Request
 DEMO_LLAMA = Path(__file__).resolve().parent.parent / "examples" / "models" / "llama"
 BATCHES, PROMPTS, NEW_TOKENS = (1, 4, 16, 32), (16, 256), (1, 16, 128)
 MIN_SPEED, MAX_MEMORY = 0.95, 1.05
-_SHORT_CASE_SECONDS = 0.5
+#: A case is repeated for so long, but not more often: a median of milliseconds needs many.
+SECONDS, MOST_ROUNDS = 6.0, 60
 
 
-def run_case(model: Any, batch: int, prompt: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Paired runs of one case. Short ones are repeated more: a median of milliseconds needs many."""
+def run_case(model: Any, twin: Any, batch: int, prompt: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Paired runs of one case, plain on `model` and enabled on `twin`."""
     rng = random.Random(f"{batch}:{prompt}:{new_tokens}")
-    vocab = model.config.vocab_size
-    requests = [Request(tuple(rng.choices(range(vocab), k=prompt)), new_tokens) for _ in range(batch)]
-    context = ArmContext(model, requests)
-    plain = PaddedArm(context, batch_size=batch)
-    paged = PaddedArm(context, batch_size=batch, paged=True)
-    plain.clocked = False  # no streamer on either side
-    speeds, memory, seconds = [], [], []
-    equal = True
-    with plain_defaults(model, (), 0):
-        plain.run(lambda count: None)
-        first = paged.run(lambda count: None)
-        rounds = repeats if first.seconds > _SHORT_CASE_SECONDS else 5 * repeats
-        for turn in range(rounds):
-            order = (plain, paged) if turn % 2 == 0 else (paged, plain)
-            runs = {arm: measured(arm, model) for arm in order}
-            (base, base_peak), (ours, our_peak) = runs[plain], runs[paged]
-            speeds.append(base.seconds / ours.seconds)
-            seconds.append((base.seconds, ours.seconds))
-            if base_peak and our_peak:
-                memory.append(our_peak / base_peak)
-            equal &= base.outputs == ours.outputs
+
+    def arm(model: Any, requests: list[Request], *, paged: bool) -> PaddedArm:
+        made = PaddedArm(ArmContext(model, requests), batch_size=batch, paged=paged)
+        made.clocked = False  # no streamer on either side
+        return made
+
+    def requests() -> list[Request]:
+        vocab = range(model.config.vocab_size)
+        return [Request(tuple(rng.choices(vocab, k=prompt)), new_tokens) for _ in range(batch)]
+
+    seconds, equal = [], True
+    with plain_defaults(model, (), 0), plain_defaults(twin, (), 0):
+        with hf_paged.enabled(twin):
+            rounds = repeats
+            for turn in range(-2, MOST_ROUNDS):
+                if turn >= rounds:
+                    break
+                pair = [arm(model, own := requests(), paged=False), arm(twin, own, paged=True)]
+                runs = [one.run(lambda count: None) for one in (pair if turn % 2 else reversed(pair))]
+                base, ours = runs if turn % 2 else reversed(runs)
+                equal &= base.outputs == ours.outputs
+                if turn < 0:  # to warm up
+                    rounds = max(repeats, min(MOST_ROUNDS, int(SECONDS / (base.seconds + ours.seconds))))
+                    continue
+                seconds.append((base.seconds, ours.seconds))
+        arms = arm(model, own := requests(), paged=False), arm(model, own, paged=True)
+        peaks = [[peak_bytes(one, model) for one in arms] for _ in range(repeats)]
+    speeds = [base / ours for base, ours in seconds]
+    memory = [ours / base for base, ours in peaks if base and ours]
     row: dict[str, Any] = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens}
     row |= {"pairs": len(speeds), "tokens_equal": equal}
     row |= {"speed": statistics.median(speeds), "speed_min": min(speeds), "speed_max": max(speeds)}
-    row |= {"memory": statistics.median(memory) if memory else None, "seconds": seconds}
+    row |= {"memory": statistics.median(memory) if memory else None}
+    row |= {"plain_seconds": statistics.median(base for base, _ in seconds)}
     row["ok"] = row["speed"] >= MIN_SPEED and (row["memory"] is None or row["memory"] <= MAX_MEMORY)
     return row
 
 
-def measured(arm: PaddedArm, model: Any) -> tuple[ArmRun, int | None]:
-    """A run and the process's peak memory in it. An enabled model has made its pool by then, in a call of one token."""
+def peak_bytes(arm: PaddedArm, model: Any) -> int | None:
+    """The process's peak memory in a run. An enabled model has made its pool by then, in a call of one token."""
     with hf_paged.enabled(model) if arm.paged else contextlib.nullcontext():
         model.generate(
             torch.tensor([[0]]), attention_mask=torch.tensor([[1]]), max_new_tokens=1, do_sample=False
         )
         with PeakMemory(model.device) as peak:
-            run = arm.run(lambda count: None)
-    return run, peak.total_bytes
+            arm.run(lambda count: None)
+    return peak.total_bytes
 
 
 def load(name: str) -> Any:
@@ -102,7 +114,7 @@ def main() -> None:
         rows = json.loads(arguments.json.read_text())["rows"]
     done = {(r["model"], r["batch"], r["prompt"], r["new_tokens"]) for r in rows}
     for name in arguments.models.split(","):
-        model = load(name)
+        model, twin = load(name), load(name)
         limit = position_limit(model)
         for batch, prompt, new_tokens in itertools.product(BATCHES, PROMPTS, NEW_TOKENS):
             if (name, batch, prompt, new_tokens) in done:
@@ -111,7 +123,7 @@ def main() -> None:
             if limit is not None and prompt + new_tokens > limit:
                 print(f"{case}: not run, the model has {limit} positions", flush=True)
                 continue
-            row = {"model": name, **run_case(model, batch, prompt, new_tokens, arguments.repeats)}
+            row = {"model": name, **run_case(model, twin, batch, prompt, new_tokens, arguments.repeats)}
             rows.append(row)
             memory = "" if row["memory"] is None else f", memory {row['memory']:.3f} ×"
             print(
