@@ -231,8 +231,10 @@ class StepLoop(TokenIntake):
             self._advance_beams(runtime, logits, beams)
             if not sequences:
                 return
-        for row, seq in zip(tuple(rows), tuple(sequences), strict=True):
-            if seq.num_generated == 0 and len(seq.call.sequences) > 1:
+        firsts = {seq.call for seq in sequences if seq.num_generated == 0 and len(seq.call.sequences) > 1}
+        forking = {call for call in firsts if any(seq.fork_of is not None for seq in call.sequences)}
+        for row, seq in zip(tuple(rows), tuple(sequences), strict=True) if forking else ():
+            if seq.call in forking and seq.num_generated == 0:
                 for child in runtime.scheduler.fork_children(seq):
                     sequences.append(child)
                     rows.append(row)

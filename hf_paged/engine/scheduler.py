@@ -27,6 +27,16 @@ def _order(seq: Sequence) -> tuple[int, int]:
     return (seq.call.priority, seq.arrival)
 
 
+def _put(line: list[Sequence], sequences: list[Sequence]) -> None:
+    """Puts `sequences`, which are in order, into `line`, which stays so."""
+    if not sequences:
+        return
+    at_the_end = not line or _order(line[-1]) < _order(sequences[0])
+    line += sequences
+    if not at_the_end:
+        line.sort(key=_order)
+
+
 class Scheduler:
     """Holds the waiting and the running sequences; plans steps and takes sequences out when they end."""
 
@@ -47,16 +57,15 @@ class Scheduler:
     # --- coming and going -------------------------------------------------------------------------------------------
 
     def add(self, call: Call) -> None:
-        for seq in call.sequences:
-            if seq.status is Status.FINISHED:
-                continue
-            seq.arrival = self._arrivals
-            self._arrivals += 1
-            self._ambients[call.ambient] += 1
+        present = [seq for seq in call.sequences if seq.status is not Status.FINISHED]
+        for arrival, seq in enumerate(present, self._arrivals):
+            seq.arrival = arrival
             if is_special(seq):
                 self._special.add(seq)
-            if seq.group is None or seq in seq.group.active:
-                bisect.insort(self.waiting, seq, key=_order)
+        self._arrivals += len(present)
+        if present:
+            self._ambients[call.ambient] += len(present)
+        _put(self.waiting, [seq for seq in present if seq.group is None or seq in seq.group.active])
 
     def remove(self, sequences: Iterable[Sequence], *, keep_blocks: bool = False) -> None:
         """Takes sequences out, whatever their state; their blocks go back unless `keep_blocks`."""
@@ -66,11 +75,12 @@ class Scheduler:
         if any(s.status is Status.RUNNING for s in leaving):
             self.running = [s for s in self.running if s not in leaving]
         self._special -= leaving
+        for call, count in Counter(seq.call for seq in leaving).items():
+            self._ambients[call.ambient] -= count
+            if not self._ambients[call.ambient]:
+                del self._ambients[call.ambient]
         for seq in leaving:
             seq.status = Status.FINISHED
-            self._ambients[seq.call.ambient] -= 1
-            if not self._ambients[seq.call.ambient]:
-                del self._ambients[seq.call.ambient]
             if not keep_blocks:
                 self.manager.free(seq)
 
@@ -261,8 +271,12 @@ class Scheduler:
             budget -= count
             taken += 1
             admitted.append(place)
-        for place in reversed(admitted):
-            bisect.insort(self.running, self.waiting.pop(place), key=_order)
+        _put(self.running, [self.waiting[place] for place in admitted])
+        if admitted and admitted[-1] == len(admitted) - 1:
+            del self.waiting[: len(admitted)]
+        elif admitted:
+            started = set(admitted)
+            self.waiting = [seq for place, seq in enumerate(self.waiting) if place not in started]
 
     def _adapters_are_there(self, starting: list[Sequence], chosen: dict[Sequence, int]) -> bool:
         """Whether the adapters of what starts are in the model, or could be brought in now."""
