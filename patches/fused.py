@@ -2,6 +2,7 @@
 
     NewGELUActivation  seven element-wise kernels   -> gelu(approximate="tanh"), the same formula
     LlamaRMSNorm       six                          -> rms_norm
+    LlamaRotaryEmbedding     cosines and sines      -> rows of a table (`patches.rotary`)
     LlamaDecoderLayer  sum and norm after attention -> one launch, in steps of the Triton backend
     LlamaMLP           activation and product       -> one launch, in steps of the Triton backend
     these and GPT's MLPs     calls of their modules -> the functions that these are (`patches.direct`)
@@ -25,6 +26,7 @@ from hf_paged.kernels import cpu_linear, cpu_norm
 from hf_paged.patches import direct
 from hf_paged.patches.attention import forward_slot, is_bound
 from hf_paged.patches.registry import class_reason, qualified_name
+from hf_paged.patches.rotary import RotaryTable
 from hf_paged.step import StepInputs
 
 __all__ = ["find_fused"]
@@ -54,13 +56,12 @@ def find_fused(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
         # Known beforehand, so that a small layer of a small model loses no time over it.
         least = cpu_linear.least_input(_as_linear(module.weight, name)) if name in _PRODUCTS else 0
         if least is not None and class_reason(cls, cls.forward, name) is None:
-            found.append((module, _guarded(fused, cls.forward, least)))
+            form = fused() if isinstance(fused, type) else fused
+            found.append((module, _guarded(form, cls.forward, least)))
     return found
 
 
-def _guarded(
-    fused: Callable[..., Tensor | None], known: Callable[..., Any], least: int
-) -> Callable[..., Any]:
+def _guarded(fused: Callable[..., Any], known: Callable[..., Any], least: int) -> Callable[..., Any]:
     def in_step(
         module: nn.Module, step: StepInputs, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -157,9 +158,11 @@ def _conv1d(module: Any, step: StepInputs, x: Tensor) -> Tensor | None:
     return cpu_linear.linear(x, module.weight.t(), module.bias)
 
 
-_FUSED: dict[str, Callable[..., Tensor | None]] = {
+#: A class makes a form of its own for each module.
+_FUSED: dict[str, Callable[..., Any]] = {
     "transformers.activations.NewGELUActivation": _gelu_tanh,
     _RMS_NORM: _rms_norm,
+    f"{_LLAMA}.LlamaRotaryEmbedding": RotaryTable,
     f"{_LLAMA}.LlamaDecoderLayer": _llama_layer,
     f"{_LLAMA}.LlamaMLP": _llama_mlp,
     "transformers.models.gpt2.modeling_gpt2.GPT2MLP": _gpt_mlp,

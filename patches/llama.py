@@ -18,13 +18,13 @@ from hf_paged.kernels import cpu_rope
 from hf_paged.patches import direct
 from hf_paged.patches.attention import attend, rotates_in_kernel, store
 from hf_paged.patches.registry import AttentionShape, PatchSpec, register, unwrapped
+from hf_paged.patches.rotary import STATIC_ROPE
 from hf_paged.step import StepInputs
 
 _MODELING = "transformers.models.llama.modeling_llama"
 #: Upstream's own rotates [1, T, H, D] as it stands, up to twice as fast; one patched in may only know [1, H, T, D].
 _ROTATES_ANY_LAYOUT = apply_rotary_pos_emb.__module__ == _MODELING
 _BLOCK, _ATTENTION = f"{_MODELING}.LlamaDecoderLayer", f"{_MODELING}.LlamaAttention"
-_STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional")
 
 
 def paged_forward(
@@ -111,7 +111,7 @@ def attention_shape(module: Any) -> AttentionShape:
 
 def check(model: Any) -> str | None:
     rope_type = model.model.rotary_emb.rope_type
-    if rope_type not in (*_STATIC_ROPE, "dynamic", "longrope"):
+    if rope_type not in (*STATIC_ROPE, "dynamic", "longrope"):
         return f"rope_type={rope_type!r} is not known to be exact for packed sequences"
     return None
 
