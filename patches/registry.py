@@ -130,7 +130,9 @@ def override_reason(model: Any, spec: PatchSpec, layers: list[nn.Module] | None 
         layers: its attention modules, if they are known.
     """
     # Layers are many and of few classes.
-    parts = dict.fromkeys((type(module), name) for module, name in spec.structure(model))
+    parts: dict[tuple[Any, str], None] = dict.fromkeys(
+        (type(module), name) for module, name in spec.structure(model)
+    )
     for cls, name in parts:
         reason = class_reason(cls, getattr(cls, "forward", None), name)
         if reason is not None:

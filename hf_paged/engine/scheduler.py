@@ -275,8 +275,8 @@ class Scheduler:
         if admitted and admitted[-1] == len(admitted) - 1:
             del self.waiting[: len(admitted)]
         elif admitted:
-            started = set(admitted)
-            self.waiting = [seq for place, seq in enumerate(self.waiting) if place not in started]
+            places = set(admitted)
+            self.waiting = [seq for place, seq in enumerate(self.waiting) if place not in places]
 
     def _adapters_are_there(self, starting: list[Sequence], chosen: dict[Sequence, int]) -> bool:
         """Whether the adapters of what starts are in the model, or could be brought in now."""
