@@ -39,6 +39,8 @@ BATCHES, PROMPTS, NEW_TOKENS = (1, 4, 16, 32), (16, 256), (1, 16, 128)
 MIN_SPEED, MAX_MEMORY = 0.95, 1.05
 #: A case is repeated for so long, but not more often: a median of milliseconds needs many.
 SECONDS, MOST_ROUNDS = 6.0, 60
+#: Of pairs that take longer there is one to warm up, and one measurement of memory.
+LONG_SECONDS = 3.0
 
 
 def run_case(model: Any, twin: Any, batch: int, prompt: int, new_tokens: int, repeats: int) -> dict[str, Any]:
@@ -65,12 +67,17 @@ def run_case(model: Any, twin: Any, batch: int, prompt: int, new_tokens: int, re
                 runs = [one.run(lambda count: None) for one in (pair if turn % 2 else reversed(pair))]
                 base, ours = runs if turn % 2 else reversed(runs)
                 equal &= base.outputs == ours.outputs
-                if turn < 0:  # to warm up
-                    rounds = max(repeats, min(MOST_ROUNDS, int(SECONDS / (base.seconds + ours.seconds))))
+                took = base.seconds + ours.seconds
+                if turn < 0 and not (
+                    turn == -1 and took > LONG_SECONDS
+                ):  # to warm up, once where that is long
+                    rounds = max(repeats, min(MOST_ROUNDS, int(SECONDS / took)))
                     continue
                 seconds.append((base.seconds, ours.seconds))
         arms = arm(model, own := requests(), paged=False), arm(model, own, paged=True)
-        peaks = [[peak_bytes(one, model) for one in arms] for _ in range(repeats)]
+        peaks = [
+            [peak_bytes(one, model) for one in arms] for _ in range(1 if took > LONG_SECONDS else repeats)
+        ]
     speeds = [base / ours for base, ours in seconds]
     memory = [ours / base for base, ours in peaks if base and ours]
     row: dict[str, Any] = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens}
