@@ -43,15 +43,18 @@ def check_next_call(model: Any) -> None:
     assert output[0, len(PROMPTS[0]) :].tolist() == alone(PROMPTS[0])
 
 
-def broken_after(model: Any, steps: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forward raises `error` once, when it has run so often; steps before and after are whole."""
+def broken_after(
+    model: Any, steps: int, error: BaseException, monkeypatch: pytest.MonkeyPatch, *, sequences: int = 1
+) -> None:
+    """The forward raises `error` once, when it has run so often with so many; steps before and after are whole."""
     model.generate(torch.tensor([[5]]), max_new_tokens=1)
     runner = registry.get(model)._loop.runtime.runner
     forward, count = runner.forward, [0]
 
     def run(*args: Any) -> Any:
-        count[0] += 1
-        if count[0] == steps:
+        counts = len(args[1].metadata.seq_lens_list) >= sequences
+        count[0] += counts
+        if counts and count[0] == steps:
             raise error
         return forward(*args)
 
@@ -62,7 +65,7 @@ def broken_after(model: Any, steps: int, error: BaseException, monkeypatch: pyte
 def test_a_forward_that_fails_fails_what_was_running(
     model: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    broken_after(model, 7, error, monkeypatch)
+    broken_after(model, 7, error, monkeypatch, sequences=len(PROMPTS))
     client = hf_paged.engine(model)
     handles = [client.submit(p, **LONG) for p in PROMPTS]
     for handle in handles:

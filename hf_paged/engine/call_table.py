@@ -62,6 +62,8 @@ class CallTable:
             lambda speculation: make_assistant(speculation, self.assistants, self.model, patch, config)
         )
         self.guard = WeightsGuard()
+        #: Code that is not the engine's may have run in the thread of the steps since the guard was asked.
+        self.disturbed = True
         self.gate: AdapterGate | None = None  # set where the number of adapters in the model is bounded
         self.kept: set[Sequence] = set()  # finished, their blocks still wanted (`Call.keep_kv`)
         #: `perf_counter()` since when nothing runs for want of blocks.
@@ -133,6 +135,7 @@ class CallTable:
         self.speculator.ended(call)
         call.finished_at = time.perf_counter()
         if call.on_finish is not None:
+            self.disturbed = True
             call.on_finish(call)
         call.end()
 

@@ -229,6 +229,7 @@ class Crank:
 
     def _turn_for(self, calls: Sequence[Call], ready: Callable[[], bool]) -> None:
         """A lone caller turns until it is `ready` or an engine thread shall take over."""
+        self._loop.disturbed = True
         try:
             while not ready() and not self._hand_over:
                 self._turn_once()
@@ -271,6 +272,7 @@ class Crank:
     def _turn_once(self, impatient: bool = False) -> bool:
         """Returns False if a step was wanted and nothing could go on."""
         while self._inbox:
+            self._loop.disturbed = True
             self._inbox.popleft()()
         return not self._loop.has_work or self._loop.step(impatient=impatient)
 

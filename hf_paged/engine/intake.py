@@ -47,6 +47,7 @@ class TokenIntake(CallTable):
             if seq.call.first_token_at is None:
                 seq.call.first_token_at = now
             if seq.call.on_token is not None and seq.finish_reason is None:
+                self.disturbed = True
                 for token in new:
                     seq.call.on_token(seq, token)
         for call, error in failed.items():

@@ -171,7 +171,9 @@ class StepLoop(TokenIntake):
         planned = (
             plan.sequences[:1] if plan.is_plain else plan.sequences
         )  # none of them has adapters of its own
-        stale = dict.fromkeys(s.call for s in self.guard.changed(self.model, planned, live))
+        changed = self.guard.changed(self.model, planned, live, undisturbed=not self.disturbed)
+        self.disturbed = False
+        stale = dict.fromkeys(s.call for s in changed)
         if stale:
             runtime.look_again()
             # One error each: a traceback grows where it is raised.

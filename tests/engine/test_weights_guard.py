@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -142,3 +145,40 @@ def test_weights_of_inference_mode_have_no_trace(guard: WeightsGuard) -> None:
     seq = Sequence(model, None)
     for _ in range(3):
         assert not guard.changed(model, [seq], [seq])
+
+
+def test_alone_and_undisturbed_no_trace_is_looked_for(model: Any, guard: WeightsGuard) -> None:
+    a = Sequence(model, A)
+    for _ in range(2):
+        guard.changed(model, [a], [a], undisturbed=True)
+    edit(model, "a")
+    if len(sys._current_frames()) == 1:
+        assert not guard.changed(model, [a], [a], undisturbed=True)
+    assert guard.changed(model, [a], [a]) == [a]
+
+
+def test_beside_another_thread_a_trace_is_looked_for(model: Any, guard: WeightsGuard) -> None:
+    a = Sequence(model, A)
+    for _ in range(4):
+        assert not guard.changed(model, [a], [a], undisturbed=True)
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)
+    other.start()
+    try:
+        edit(model, "a")
+        assert guard.changed(model, [a], [a], undisturbed=True) == [a]
+    finally:
+        stop.set()
+        other.join()
+
+
+def test_alone_other_edits_are_found_in_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WeightsGuard, "_FIRST_AFTER_S", 0.0)
+    guard, a = WeightsGuard(), Sequence(model, A)
+    for _ in range(3):
+        assert not guard.changed(model, [a], [a], undisturbed=True)
+    model.lm_head.weight.data[0, 0] += 1
+    end = time.monotonic() + 20
+    while not (stale := guard.changed(model, [a], [a], undisturbed=True)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert stale == [a]
