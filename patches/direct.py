@@ -16,17 +16,19 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = ["call"]
 
+_OWN = {"weight", "bias"}
 _LINEAR, _CONV1D, _DROPOUT = nn.Linear.forward, Conv1D.forward, nn.Dropout.forward
 
 
 def call(module: Any, *args: Any, **kwargs: Any) -> Any:
     """`module(*args, **kwargs)`: the same operations, and where it has hooks or somebody's forward the very call."""
-    state = module.__dict__
+    state = getattr(module, "__dict__", None)
     if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
+        state is None  # a function of C in place of an activation
+        or state.get("_forward_hooks")
+        or state.get("_forward_pre_hooks")
+        or state.get("_backward_hooks")
+        or state.get("_backward_pre_hooks")
     ):
         return module(*args, **kwargs)
     forward = state.get("forward")
@@ -40,13 +42,13 @@ def call(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _linear(module: Any, weights: dict[str, Any], x: torch.Tensor) -> torch.Tensor | None:
-    if nn.Linear.forward is not _LINEAR or len(weights) != 2:
+    if nn.Linear.forward is not _LINEAR or weights.keys() != _OWN:
         return None
     return F.linear(x, weights["weight"], weights["bias"])
 
 
 def _conv1d(module: Any, weights: dict[str, Any], x: torch.Tensor) -> torch.Tensor | None:
-    if Conv1D.forward is not _CONV1D or len(weights) != 2:
+    if Conv1D.forward is not _CONV1D or weights.keys() != _OWN:
         return None
     product = torch.addmm(weights["bias"], x.view(-1, x.shape[-1]), weights["weight"])
     return product.view(*x.shape[:-1], product.shape[-1])

@@ -99,12 +99,16 @@ def _rms_norm(module: Any, step: StepInputs, hidden_states: Tensor) -> Tensor | 
 
 def _llama_layer(module: Any, step: StepInputs, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     norm = module.post_attention_layernorm
-    normed = direct.call(module.input_layernorm, hidden_states)
-    attended, _ = direct.call(module.self_attn, hidden_states=normed, **kwargs)
-    # Under autocast the sum is of the wider dtype.
-    same = attended.dtype == hidden_states.dtype == norm.weight.dtype
-    if not (same and _in_triton(step, hidden_states) and _is_plain(norm, _RMS_NORM)):
+    attended, _ = direct.call(
+        module.self_attn, hidden_states=direct.call(module.input_layernorm, hidden_states), **kwargs
+    )
+    if not (
+        _in_triton(step, hidden_states)
+        and _is_plain(norm, _RMS_NORM)
+        and attended.dtype == hidden_states.dtype == norm.weight.dtype  # else the sum is of the wider dtype
+    ):
         total = hidden_states + attended
+        del attended  # memory
         return total + direct.call(module.mlp, direct.call(norm, total))
     from hf_paged.kernels.triton_rms_norm import rms_norm
 
@@ -117,8 +121,10 @@ def _llama_mlp(module: Any, step: StepInputs, x: Tensor) -> Tensor:
     gate, up = direct.call(module.gate_proj, x), direct.call(module.up_proj, x)
     is_silu = _is_plain(module.act_fn, *_SILU)
     if not (is_silu and _in_triton(step, x) and gate.dtype == up.dtype and gate.dtype in _FLOATS):
-        active = F.silu(gate) if is_silu else direct.call(module.act_fn, gate)
-        return direct.call(module.down_proj, active * up)
+        gate = F.silu(gate) if is_silu else direct.call(module.act_fn, gate)
+        up = gate * up
+        del gate  # memory
+        return direct.call(module.down_proj, up)
     from hf_paged.kernels.triton_activation import silu_mul
 
     return direct.call(module.down_proj, silu_mul(_rows(gate), _rows(up)).view_as(gate))
@@ -140,12 +146,12 @@ def _rows(x: Tensor) -> Tensor:
 
 def _is_plain(module: Any, *names: str) -> bool:
     """Whether what `module` computes is known: its class, nothing of somebody else on the instance, no hooks."""
-    state = vars(module)
     cls: Any = type(module)
     name = qualified_name(cls)
-    if name not in names or "_hf_hook" in state:
+    if name not in names:
         return False
-    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+    state = vars(module)
+    if "_hf_hook" in state or state["_forward_hooks"] or state["_forward_pre_hooks"]:
         return False
     return class_reason(cls, cls.forward, name) is None and ("forward" not in state or is_bound(module))
 

@@ -19,6 +19,7 @@ __all__ = ["STATIC_ROPE", "RotaryTable"]
 #: Kinds whose frequencies depend neither on the length of a sequence nor on that of a forward.
 STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional")
 _LEAST_ROWS = 256
+_MOST_NUMBERS = 1 << 23  # of cosines
 
 
 class RotaryTable:
@@ -37,6 +38,8 @@ class RotaryTable:
         if x.device.type != "cpu" or frequencies.device.type != "cpu" or module.rope_type not in STATIC_ROPE:
             return None
         longest = max(step.metadata.seq_lens_list)
+        if 2 * longest * 2 * frequencies.shape[-1] > _MOST_NUMBERS:
+            return None
         tables = self._known(module, x, longest) or self._make(module, x, longest)
         cos, sin = (table.index_select(0, position_ids[0])[None] for table in tables)
         return cos, sin

@@ -45,9 +45,7 @@ class Samples:
     """
 
     def __init__(self) -> None:
-        self._identity: list[Any] = []
-        self._places: list[tuple[np.ndarray, np.ndarray]] = []  # a view of memory, and indices into it
-        self._others: list[int] = []  # of tensors on a CPU that are no plain memory
+        self._known: tuple[list[Any], _Places] | None = None  # one object: callers in threads share it
 
     def read(self, tensors: Iterable[Tensor], steps_of: dict[int, int] | None = None) -> bytes:
         """What tells `tensors`, and the numbers read of those that are in a CPU's memory.
@@ -57,36 +55,51 @@ class Samples:
         """
         tensors = list(tensors)
         ids = list(map(id, tensors))
+        versions = _versions(tensors)
         try:
-            versions = list(map(version_of, tensors))
             identity = [ids, list(map(_address_of, tensors)), list(map(_numel_of, tensors))]
-        except RuntimeError:  # tensors of inference mode, sparse ones
-            return _read_one_by_one(tensors, ids, steps_of)
+        except RuntimeError:  # sparse ones
+            return _read_one_by_one(tensors, versions, steps_of)
         kinds = [list(map(_dtype_of, tensors)), list(map(_device_of, tensors))]
         kinds.append(list(map(_is_contiguous, tensors)))
-        if self._identity != [*identity, *kinds]:
-            self._identity = [*identity, *kinds]
-            self._find_places(tensors)
+        known = self._known
+        if known is None or known[0] != [*identity, *kinds]:
+            known = self._known = [*identity, *kinds], _Places(tensors)
         facts = array("q", chain(versions, *identity, map(hash, map(tuple, kinds))))
         if steps_of and any(steps := list(map(steps_of.get, ids, repeat(0)))):  # not those of other models
             facts.extend(steps)
-        parts = [facts.tobytes(), *(memory[indices].tobytes() for memory, indices in self._places)]
-        parts += [_numbers(tensors[i]) for i in self._others]
-        return b"".join(parts)
+        return facts.tobytes() + known[1].read(tensors)
 
-    def _find_places(self, tensors: list[Tensor]) -> None:
+
+class _Places:
+    """Where the numbers of some tensors lie."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
         places: dict[int, list[int]] = {}
-        self._others = []
+        self._others: list[int] = []  # on a CPU, but no plain memory
         for i, tensor in enumerate(tensors):
             if tensor.device.type != "cpu" or not tensor.numel():
                 continue
             address, unit = tensor.data_ptr(), min(tensor.dtype.itemsize, 8)
-            if type(tensor) not in PLAIN_TENSORS or not tensor.is_contiguous() or address % unit:
+            is_plain = type(tensor) in PLAIN_TENSORS and tensor.is_contiguous()
+            if not is_plain or address < _FIRST_ADDRESS or address % unit:  # 0: its storage was let go
                 self._others.append(i)
                 continue
             offsets = _offsets(tensor.numel(), tensor.dtype)
             places.setdefault(unit, []).extend((address - _FIRST_ADDRESS + o) // unit for o in offsets)
-        self._places = [(_memory(unit), np.array(found, np.int64)) for unit, found in places.items()]
+        # A view of memory, and indices into it.
+        self._plain = [(_memory(unit), np.array(found, np.int64)) for unit, found in places.items()]
+
+    def read(self, tensors: list[Tensor]) -> bytes:
+        parts = [memory[indices].tobytes() for memory, indices in self._plain]
+        return b"".join([*parts, *(_numbers(tensors[i]) for i in self._others)])
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return list(map(version_of, tensors))
+    except RuntimeError:  # those of inference mode have none
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 @functools.cache
@@ -108,11 +121,11 @@ def number_places(address: int, numel: int, dtype: torch.dtype) -> list[Any]:
     return [unit.from_address(address + offset) for offset in _offsets(numel, dtype)]
 
 
-def _read_one_by_one(tensors: list[Tensor], ids: list[int], steps_of: dict[int, int] | None) -> bytes:
-    """`Samples.read` for tensors that cannot be asked for a version or an address."""
+def _read_one_by_one(tensors: list[Tensor], versions: list[int], steps_of: dict[int, int] | None) -> bytes:
+    """`Samples.read` for tensors that cannot all be asked for an address."""
     parts: list[bytes] = []
-    for tensor, key in zip(tensors, ids, strict=True):
-        version = -1 if tensor.is_inference() else tensor._version
+    for tensor, version in zip(tensors, versions, strict=True):
+        key = id(tensor)
         facts = [key, version, hash((tensor.dtype, tensor.device)), (steps_of or {}).get(key, 0)]
         is_memory = tensor.layout is torch.strided and tensor.device.type != "meta"
         parts.append(array("q", [*facts, tensor.data_ptr() if is_memory else 0]).tobytes())
@@ -123,7 +136,7 @@ def _read_one_by_one(tensors: list[Tensor], ids: list[int], steps_of: dict[int, 
 
 def _numbers(tensor: Tensor) -> bytes:
     """The numbers of a tensor that is no plain memory."""
-    flat = tensor.detach()
+    flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     flat = flat.view(-1) if flat.is_contiguous() else flat.flatten()
     stride = max(1, (flat.numel() - 1) // SAMPLES)
     return array("d", flat[::stride][: SAMPLES + 1].tolist()).tobytes()

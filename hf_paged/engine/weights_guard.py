@@ -64,10 +64,13 @@ class WeightsGuard:
         self._watched: _Watch | None = None  # the base model
         self._layers: list[nn.Module] = []  # that hold adapters
         self._adapters: dict[Selection | None, _Watch] = {}
-        self._next_check = self._snapshot_from = 0.0
+        self._earliest = self._snapshot_from = 0.0
+        self._checked_at = self._check_took = 0.0
         self._snapshot: WeightsSnapshot | None = None
         self._known: set[bytes] = set()  # namespaces that belong to the weights of the snapshot
-        self._alone = False  # at the last look
+        self._single = False  # there was no other thread at the last look
+        self._alone = False  # and nothing could have been edited since the one before
+        self._fresh: set[Selection | None] = set()  # those looked at since something could
 
     def changed(
         self,
@@ -91,8 +94,8 @@ class WeightsGuard:
         stale = [] if self._is_as_known(live) else self._compare(model, live)
         if stale:
             self._stop_watching()
-        now = time.perf_counter()
-        self._next_check = now + (self._SHARE_ALONE if self._alone else self._SHARE) * (now - started)
+        self._checked_at = time.perf_counter()
+        self._check_took = self._checked_at - started
         return stale
 
     def forget(self) -> None:
@@ -103,7 +106,7 @@ class WeightsGuard:
 
     def watch_again(self) -> None:
         """The model has other tensors now: those that left are let go, and the next look is a full one."""
-        self._next_check = 0.0
+        self._earliest = self._check_took = 0.0
         self._stop_watching()
         self._drop_snapshot()
 
@@ -145,19 +148,26 @@ class WeightsGuard:
         self._adapters.clear()
 
     def _is_due(self, model: nn.Module, selections: set[Selection | None], undisturbed: bool) -> bool:
+        was_single, self._single = self._single, len(sys._current_frames()) == 1
         if not self._running:
             # Most calls of one step end here. Between the start of a call and now anything may have happened.
             self._running = True
             now = time.perf_counter()
-            self._next_check, self._snapshot_from = now + self._FIRST_AFTER_S, now + self._SNAPSHOT_AFTER_S
+            self._earliest, self._snapshot_from = now + self._FIRST_AFTER_S, now + self._SNAPSHOT_AFTER_S
+            self._check_took = 0.0
+            self._fresh = set()
             return False
-        # What was looked at before is the measure for the time when somebody comes.
-        has_looked = self._watched is not None and selections <= self._adapters.keys()
-        self._alone = undisturbed and has_looked and len(sys._current_frames()) == 1
-        if not self._alone and self._has_trace(model, selections):
+        untouched = undisturbed and self._single and was_single
+        self._alone = untouched and self._watched is not None and selections <= self._fresh
+        share = self._SHARE_ALONE if self._alone else self._SHARE
+        is_time = time.perf_counter() >= max(self._earliest, self._checked_at + share * self._check_took)
+        if self._alone and not is_time:
+            return False
+        self._fresh = self._fresh | selections if untouched else selections
+        if self._has_trace(model, selections):
             self._drop_snapshot()
             return True
-        return time.perf_counter() >= self._next_check
+        return is_time
 
     def _has_trace(self, model: nn.Module, selections: Iterable[Selection | None]) -> bool:
         """Whether the base model or one of `selections` changed, or may have before it was first looked at."""

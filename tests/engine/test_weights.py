@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_memory_of_a_dropped_tensor_is_neither_kept_nor_read():
         weights_version(m, samples)
     assert all(freed)
     held = [id(tensor) for tensor in (*m.parameters(), *m.buffers())]
-    assert samples._identity[0] == held
+    assert samples._known[0][0] == held
 
 
 def test_steps_of_another_models_optimizer_change_nothing():
@@ -135,4 +136,27 @@ def test_tensors_of_inference_mode_are_read():
         before = weights_version(m, samples)
         assert weights_version(m, samples) == before
         m[1].weight.data.mul_(2)
+    assert weights_version(m, samples) != before
+
+
+def test_threads_that_share_what_is_known_agree():
+    """Each has the version of the weights as they are, while others find out where they lie."""
+    m = model()
+    wanted = weights_version(m)
+    for _ in range(50):
+        samples = Samples()
+        with ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(weights_version, m, samples) for _ in range(8)]
+        assert {f.result() for f in found} == {wanted}
+
+
+def test_complex_numbers_beside_tensors_of_inference_mode():
+    m, samples = nn.Module(), Samples()
+    m.register_buffer("a", torch.randn(5, dtype=torch.complex64))
+    with torch.inference_mode():
+        m.register_buffer("b", torch.randn(5))
+    m.register_buffer("c", torch.randn(4, 4).to_sparse())
+    before = weights_version(m, samples)
+    assert weights_version(m, samples) == before
+    m.a.mul_(2)
     assert weights_version(m, samples) != before

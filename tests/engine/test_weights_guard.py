@@ -182,3 +182,32 @@ def test_alone_other_edits_are_found_in_time(model: Any, monkeypatch: pytest.Mon
     while not (stale := guard.changed(model, [a], [a], undisturbed=True)) and time.monotonic() < end:
         time.sleep(0.01)
     assert stale == [a]
+
+
+def test_what_another_thread_did_and_ended_is_found(model: Any, guard: WeightsGuard) -> None:
+    a = Sequence(model, A)
+    stop, here = threading.Event(), threading.Event()
+
+    def run() -> None:
+        here.set()
+        stop.wait()
+        edit(model, "a")
+
+    for _ in range(3):
+        assert not guard.changed(model, [a], [a], undisturbed=True)
+    other = threading.Thread(target=run)
+    other.start()
+    here.wait()
+    assert not guard.changed(model, [a], [a], undisturbed=True)
+    stop.set()
+    other.join()
+    assert guard.changed(model, [a], [a], undisturbed=True) == [a]
+
+
+def test_who_was_not_in_the_step_after_a_disturbance_is_looked_at(model: Any, guard: WeightsGuard) -> None:
+    a, b = Sequence(model, A), Sequence(model, B)
+    for _ in range(3):
+        assert not guard.changed(model, [a, b], [a, b], undisturbed=True)
+    edit(model, "a")
+    assert not guard.changed(model, [b], [b], undisturbed=False)
+    assert guard.changed(model, [a], [a], undisturbed=True) == [a]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from transformers.pytorch_utils import Conv1D
 
+import hf_paged
 from hf_paged.patches import direct
+from tests.helpers import make_model, native_calls
 
 SIZE = 24
 MAKERS: dict[str, Callable[[], nn.Module]] = {
@@ -108,3 +110,52 @@ def test_a_forward_patched_in_for_all_is_respected(monkeypatch: pytest.MonkeyPat
     module, x = nn.Linear(SIZE, 8), torch.randn(1, 7, SIZE)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x[..., :8] * 3)
     assert torch.equal(direct.call(module, x), x[..., :8] * 3)
+
+
+def without_its_weight(module: Any) -> Any:
+    """As pruning leaves a layer whose hook was taken off: the weight is a plain attribute."""
+    weight = module.weight.detach().clone()
+    del module.weight
+    module.register_parameter("weight_orig", nn.Parameter(weight))
+    module.weight = weight
+    return module
+
+
+def test_a_layer_with_other_parameters_is_called() -> None:
+    module, x = without_its_weight(nn.Linear(SIZE, 8)), torch.randn(1, 7, SIZE)
+    assert torch.equal(direct.call(module, x), module(x))
+
+
+def test_a_function_is_called() -> None:
+    x = torch.randn(3)
+    assert torch.equal(direct.call(torch.tanh, x), x.tanh())
+
+
+def replaced_norm(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.post_attention_layernorm = nn.Identity()
+
+
+def plain_activation(model: Any) -> None:
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = torch.tanh
+
+
+def hooked_mlp(model: Any) -> None:
+    prune.random_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.3)
+
+
+@pytest.mark.parametrize("change", [replaced_norm, plain_activation, hooked_mlp])
+def test_layers_with_parts_of_the_users(change: Any) -> None:
+    plain, model = make_model("llama"), make_model("llama")
+    for one in (plain, model):
+        torch.manual_seed(3)
+        change(one)
+    ids = torch.tensor([[5, 9, 2, 7], [1, 8, 3, 4]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    hf_paged.enable(model, fallback="error")
+    with native_calls(model):
+        found = model.generate(ids, **options)
+    assert torch.equal(found, plain.generate(ids, **options))
+    hf_paged.disable(model)
