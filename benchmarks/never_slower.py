@@ -109,6 +109,28 @@ def load(name: str) -> Any:
     )
 
 
+def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cases for the page of results: a line for each model, batch and length of prompts."""
+    lines: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["model"], row["batch"], row["prompt"]), {})[row["new_tokens"]] = row
+    cells = []
+    for key, cases in lines.items():
+        speeds = [f"{cases[n]['speed']:.2f} ×" if n in cases else "–" for n in NEW_TOKENS]
+        memory = [case["memory"] for case in cases.values() if case["memory"]]
+        cells.append([*key, *speeds, f"{max(memory):.3f} ×" if memory else "–"])
+    missed = sum(not row["ok"] for row in rows)
+    differing = sum(not row["tokens_equal"] for row in rows)
+    return {
+        "about": "Enabled against plain `generate` (`benchmarks/never_slower.py`): speed for 1, 16 and 128 new tokens, "
+        "medians of pairs, and the highest of the peak memories of the process. "
+        f"{len(rows)} cases, {missed} below {MIN_SPEED} of the speed or above {MAX_MEMORY} of the memory; in "
+        f"{differing} some token differs.",
+        "head": ["model", "batch", "prompt", *(f"{n} new" for n in NEW_TOKENS), "memory"],
+        "rows": cells,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="llama-demo,gpt2-5m,gpt2-124m")
@@ -139,7 +161,7 @@ def main() -> None:
                 flush=True,
             )
             if arguments.json:
-                write_json(arguments.json, {"environment": environment(), "rows": rows})
+                write_json(arguments.json, {"environment": environment(), "rows": rows, "table": table(rows)})
     missed = sum(not r["ok"] for r in rows)
     print(f"{len(rows)} cases, {missed} missed")
     raise SystemExit(1 if missed else 0)
