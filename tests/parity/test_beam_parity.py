@@ -110,7 +110,20 @@ def compare(actual: Any, expected: Any) -> None:
     assert torch.equal(actual.beam_indices, expected.beam_indices)
     for name in ("scores", "logits"):
         for ours, theirs in zip(actual[name], expected[name], strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(*without_cut_ties(ours, theirs), atol=1e-4, rtol=1e-5)
+
+
+def without_cut_ties(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [rows, vocab], less those that one side cut off and that lie at the very cut of their row."""
+    one_sided = torch.isinf(ours) != torch.isinf(theirs)
+    if not one_sided.any():
+        return ours, theirs
+    kept = torch.where(torch.isinf(ours), theirs, ours)
+    lowest = kept.masked_fill(torch.isinf(kept), float("inf")).amin(-1, keepdim=True).expand_as(kept)
+    assert one_sided.sum() <= 2, "too many for ties"
+    assert torch.all(kept[one_sided] - lowest[one_sided] <= 1e-4), "cut off by one side, far above the cut"
+    TALLY.ties.append(f"cut {one_sided.nonzero().tolist()}")
+    return ours.masked_fill(one_sided, 0.0), theirs.masked_fill(one_sided, 0.0)
 
 
 def compare_sequences(sequences: torch.Tensor, expected: Any) -> None:
