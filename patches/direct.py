@@ -1,8 +1,8 @@
 """Modules of a layer without the ceremony of a module call, where nobody would notice.
 
-`torch.nn.Module.__call__` looks for hooks, compiled forms and attributes: 2 us a call, more where caches are cold, and
-dozens of calls are a tenth of a decode step of a small model. Inside a step of ours a module without hooks is its
-forward, and a linear layer that is just what its class says is the function of its weights.
+`torch.nn.Module.__call__` looks for hooks, compiled forms and attributes: 1.4 us of a call with warm caches, of which a
+decode step of a small model makes dozens. Inside a step of ours a module without hooks is its forward, and a linear
+layer that is just what its class says is the function of its weights.
 """
 
 from __future__ import annotations

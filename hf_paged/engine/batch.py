@@ -155,7 +155,7 @@ def _few_decodes(plan: StepPlan, block_size: int) -> StepArrays:
 def _one(plan: StepPlan, block_size: int) -> StepArrays:
     """Of a step of one sequence."""
     seq, count = plan.sequences[0], plan.num_scheduled_tokens[0]
-    first, end = seq.num_computed, seq.num_computed + plan.num_scheduled_tokens[0]
+    first, end = seq.num_computed, seq.num_computed + count
     table = np.array([seq.block_table], np.int32)
     slots = np.array(seq.block_table, np.int64)[:, None] * block_size + np.arange(block_size)
     starts = np.array([0, count], np.int32)

@@ -168,9 +168,8 @@ class StepLoop(TokenIntake):
         live = runtime.scheduler.running
         if self.gate is None:  # those that wait have their adapters in the model, too
             live = [*live, *runtime.scheduler.waiting]
-        planned = (
-            plan.sequences[:1] if plan.is_plain else plan.sequences
-        )  # none of them has adapters of its own
+        # Of a plain step one tells for all: none has adapters of its own.
+        planned = plan.sequences[:1] if plan.is_plain else plan.sequences
         changed = self.guard.changed(self.model, planned, live, undisturbed=not self.disturbed)
         self.disturbed = False
         stale = dict.fromkeys(s.call for s in changed)
