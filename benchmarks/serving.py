@@ -32,7 +32,7 @@ from serving_windows import bodies_of, run_window, verdict
 from hf_paged._env import environment
 from hf_paged.comparison.report import write_json
 
-_POOL = 8192  # bodies; a window takes a run of them
+_POOL = 16384  # bodies; a window takes a run of them
 _PAIRS = 2
 _TIMES = (3, 5)
 #: The rate at which transformers' settings are tried, above what any of them holds, and for which share of a window:

@@ -158,12 +158,13 @@ class RequestHandle:
     async def _changes(self, watchers: list[Callable[[], object]]) -> AsyncGenerator[bool, None]:
         """Whether the request has ended: once now, then whenever `watchers` are woken, until it has."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
-        called = False  # changes before the event loop comes to look cost it one call
+        changed = waiting = False  # who is busy with the last change is not called: it costs both threads
 
         def wake() -> None:
-            nonlocal called
-            if not called:
-                called = True
+            nonlocal changed, waiting
+            changed = True
+            if waiting:
+                waiting = False
                 loop.call_soon_threadsafe(event.set)
 
         with self._changed:
@@ -172,13 +173,18 @@ class RequestHandle:
                 self._holders.append(self)
         try:
             while True:
-                event.clear()
-                called = False
+                changed = False
                 ended = self._ended
                 yield ended
                 if ended:
                     return
-                await event.wait()
+                event.clear()
+                with self._changed:  # as `wake` is called
+                    waiting = not changed
+                if waiting:
+                    await event.wait()
+                else:
+                    await asyncio.sleep(0)  # a caller that never waits for anything leaves others their turn
         finally:
             with self._changed:
                 watchers.remove(wake)

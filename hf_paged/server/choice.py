@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +50,13 @@ class Choice:
         self._scanner = StopScanner(self._stops.strings, self._stops.include)
 
     async def pieces(
-        self, first_within: float | None = None, pause: Callable[[], float] | None = None
+        self, first_within: float | None = None, pause: Callable[[], Awaitable[None]] | None = None
     ) -> AsyncGenerator[Piece, None]:
         """The text as it comes.
 
         Args:
             first_within: seconds to the first token.
-            pause: seconds from a piece to the next, which then has all that came meanwhile.
+            pause: waited for between two pieces; the next then has all that came meanwhile.
 
         Raises:
             APIError: 503, it did not come.
@@ -78,8 +78,8 @@ class Choice:
                 if piece.text:
                     yield piece
                     piece = Piece()
-                    if pause is not None and not self.handle.done and (seconds := pause()):
-                        await asyncio.sleep(seconds)
+                    if pause is not None and not self.handle.done:
+                        await pause()
                 tokens = await anext(updates, None)
         except TimeoutError:
             raise queue_timeout_error() from None

@@ -15,6 +15,8 @@ from hf_paged.server.state import ServerState
 
 #: OpenAI's, for completions without max_tokens.
 _DEFAULT_MAX_TOKENS = 16
+#: Characters, or token ids, that are tokenised in less time than it takes to hand them to a thread.
+_AT_ONCE = 2048
 
 
 def router(state: ServerState) -> APIRouter:
@@ -42,7 +44,10 @@ def router(state: ServerState) -> APIRouter:
                 "best_of" if tried > copies else "n" if copies > 1 else "prompt",
             )
         runs.admission.check()
-        prompts = await runs.in_thread(_encode, served, body, texts)
+        if sum(map(len, texts)) <= _AT_ONCE:
+            prompts = _encode(served, body, texts)
+        else:
+            prompts = await runs.in_thread(_encode, served, body, texts)
         echoes = [_echo(served, body, text) for text in texts for _ in range(copies)]
         form = CompletionForm(name, state.vocabulary, logprobs=body.logprobs is not None, echoes=echoes)
         return await answer(

@@ -141,19 +141,19 @@ async def _events(
 async def _merged(choices: list[Choice], state: ServerState) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of all choices as they come, each with its choice's number. The first error ends all."""
     if len(choices) == 1:
-        pieces = _paced(choices[0], state)
-        try:
-            async for piece in pieces:
-                yield 0, piece
-        finally:
-            await pieces.aclose()
+        with state.pace.stream():
+            async with aclosing(_paced(choices[0], state)) as pieces:
+                async for piece in pieces:
+                    yield 0, piece
         return
     arrived: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
 
     async def follow(index: int, choice: Choice) -> None:
         try:
-            async for piece in _paced(choice, state):
-                arrived.put_nowait((index, piece))
+            with state.pace.stream():
+                async with aclosing(_paced(choice, state)) as pieces:
+                    async for piece in pieces:
+                        arrived.put_nowait((index, piece))
         except Exception as error:
             arrived.put_nowait(error)
 
@@ -172,9 +172,6 @@ async def _merged(choices: list[Choice], state: ServerState) -> AsyncGenerator[t
         await asyncio.gather(*following, return_exceptions=True)
 
 
-async def _paced(choice: Choice, state: ServerState) -> AsyncGenerator[Piece, None]:
+def _paced(choice: Choice, state: ServerState) -> AsyncGenerator[Piece, None]:
     """The pieces of a choice, as often as the number of streams allows."""
-    with state.pace.stream():
-        async with aclosing(choice.pieces(state.config.queue_timeout, state.pace.pause)) as pieces:
-            async for piece in pieces:
-                yield piece
+    return choice.pieces(state.config.queue_timeout, state.pace.pause)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 
 #: Seconds between two events of a stream: at most, and below which a wait is not worth its timer.
 _LONGEST, _SHORTEST = 0.1, 0.005
+#: Seconds between two moments at which streams go on: what is due at one moment is one turn of the event loop, which
+#: then takes the interpreter's lock from the engine once and not once a stream.
+_TICK = 0.01
 
 
 class Pace:
@@ -22,6 +26,7 @@ class Pace:
     def __init__(self, events_per_second: int) -> None:
         self._most = events_per_second
         self._streams = 0
+        self._ticks: dict[int, asyncio.Event] = {}  # by their number: those that streams wait for
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -32,7 +37,27 @@ class Pace:
         finally:
             self._streams -= 1
 
-    def pause(self) -> float:
-        """Seconds that a stream waits between two events now."""
+    def seconds(self) -> float:
+        """What a stream waits between two events now, on average."""
         seconds = min(_LONGEST, self._streams / self._most)
         return seconds if seconds > _SHORTEST else 0.0
+
+    async def pause(self) -> None:
+        """Waits until a stream that has sent an event may send the next."""
+        seconds = self.seconds()
+        if seconds:
+            await self._tick(seconds).wait()
+
+    def _tick(self, seconds: float) -> asyncio.Event:
+        """The tick that is the nearest to `seconds` from now, but not a past one."""
+        loop = asyncio.get_running_loop()
+        now = loop.time() / _TICK
+        number = max(round(now + seconds / _TICK), int(now) + 1)
+        tick = self._ticks.get(number)
+        if tick is None:
+            tick = self._ticks[number] = asyncio.Event()
+            loop.call_at(number * _TICK, self._go_on, number)
+        return tick
+
+    def _go_on(self, number: int) -> None:
+        self._ticks.pop(number).set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from types import FrameType
 from typing import Any
@@ -10,8 +11,9 @@ import uvicorn
 
 from hf_paged.server.config import ServerConfig
 
-#: Bytes of the request line and headers; h11 refuses more.
-_MAX_HEADER_BYTES = 65536
+#: Bytes of the request line and headers; h11 refuses more. The faster parser of uvicorn bounds nothing, and loses the
+#: body of a request that offers to go on in HTTP/2.
+MAX_HEADER_BYTES = 65536
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -49,7 +51,7 @@ def make_server(
             access_log=False,
             server_header=False,
             http="h11",
-            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             limit_concurrency=max_connections,
             timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
@@ -61,9 +63,14 @@ def run(server: Server) -> None:
     """Runs `server` in the main thread until it is told to end; returns then."""
     # uvicorn raises the signals it was ended by once more when all is done: the process shall end in its own way.
     before = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+    # What is there now stays: a collection that looks through all of torch and the model's modules again halts every
+    # stream for a quarter of a second.
+    gc.collect()
+    gc.freeze()
     try:
         server.run()
     finally:
+        gc.unfreeze()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic_core import to_json
 
 from hf_paged.server.errors import APIError, as_api_error, logger
 
@@ -25,7 +25,7 @@ class ClientGone(Exception):
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
@@ -95,41 +95,89 @@ class EventStream(Response):
         self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
+        patience = _Patience(self._write_timeout)
+        writing = asyncio.ensure_future(self._write(send, patience))
         watching = asyncio.ensure_future(gone(receive))
         try:
-            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, watching, patience.over}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 writing.result()
+            elif patience.over.done():
+                # Returning without the last part closes the connection.
+                logger.info("a client took nothing for %g s and was disconnected", self._write_timeout)
         finally:
+            patience.end()
             await _stop(writing, watching)
             await self._events.aclose()
             await self._resources.aclose()
 
-    async def _write(self, send: Send) -> None:
-        deadline = asyncio.get_running_loop().time() + self._timeout
+    async def _write(self, send: Send, patience: _Patience) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        last = DONE
         try:
-            while (chunk := await self._next(deadline)) is not None:
-                async with asyncio.timeout(self._write_timeout):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            async with asyncio.timeout(self._write_timeout):
-                await send({"type": "http.response.body", "body": DONE})
+            async with asyncio.timeout(self._timeout) as limit:
+                while (chunk := await self._next()) is not None:
+                    with patience:
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except TimeoutError:
-            # Returning without the last part closes the connection.
-            logger.info("a client took nothing for %g s and was disconnected", self._write_timeout)
+            if not limit.expired():
+                raise
+            error = APIError(504, f"the request did not end within {self._timeout:g} s", code="timeout")
+            last = await self._failure(error) + DONE
+        with patience:
+            await send({"type": "http.response.body", "body": last})
 
-    async def _next(self, deadline: float) -> bytes | None:
+    async def _next(self) -> bytes | None:
         """The next event; what goes wrong as an event, the last one; None after the last."""
         try:
-            async with asyncio.timeout_at(deadline):
-                return await anext(self._events)
+            return await anext(self._events)
         except StopAsyncIteration:
             return None
-        except TimeoutError:
-            error = APIError(504, f"the request did not end within {self._timeout:g} s", code="timeout")
         except Exception as reason:
-            error = as_api_error(reason)
+            return await self._failure(as_api_error(reason))
+
+    async def _failure(self, error: APIError) -> bytes:
+        """Ends the events; the one that tells the client why."""
         await self._events.aclose()
         self._failed(error.status)
         return event(error.body)
+
+
+class _Patience:
+    """A watch over the writes of one stream: one timer for all of them, which costs a write next to nothing.
+
+        with patience:
+            await send(...)
+
+    Args:
+        seconds: that one write may take.
+
+    Attributes:
+        over: done once one has taken longer.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seconds = seconds
+        self._since: float | None = None  # when the write that runs began
+        self.over: asyncio.Future[None] = self._loop.create_future()
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def __enter__(self) -> None:
+        self._since = self._loop.time()
+
+    def __exit__(self, *_error: object) -> None:
+        self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = (now if self._since is None else self._since) + self._seconds
+        if due > now:
+            self._timer = self._loop.call_at(due, self._look)
+        elif not self.over.done():
+            self.over.set_result(None)
+
+    def end(self) -> None:
+        """Stops watching."""
+        self._timer.cancel()
+        self.over.cancel()

@@ -7,6 +7,7 @@ request ends, and stop strings, which may begin in one token and end in another.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -29,7 +30,7 @@ class TokenText:
     def __init__(self, tokenizer: Any, prompt: list[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._window = list(prompt[-_CONTEXT:])  # context of what is pending
+        self._window = deque(prompt[-_CONTEXT:], _CONTEXT)  # context of what is pending
         self._pending: list[int] = []  # tokens whose text did not come yet
         self._repeated = ""  # what the stream will give out once more before its first text
         self._begin()
@@ -54,16 +55,18 @@ class TokenText:
 
     def _begin(self) -> None:
         """A stream that goes on from the window."""
-        self._stream = DecodeStream(ids=self._window, skip_special_tokens=self._skip)
-        before = self._decode(self._window)
+        context = list(self._window)
+        self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
+        before = self._decode(context)
         # The stream takes such a context for unfinished and gives it out again before its first text, but for a
         # character that only this text completes.
         self._repeated = before if before.endswith(_REPLACEMENT) else ""
 
     def flush(self) -> str:
         """The text of what is pending, though it may be an incomplete character."""
-        before = self._decode(self._window)
-        after = self._decode(self._window + self._pending)
+        context = list(self._window)
+        before = self._decode(context)
+        after = self._decode(context + self._pending)
         text = after[len(before) :] if after.startswith(before) else self._decode(self._pending)
         self._forget_pending()
         return text
@@ -73,8 +76,8 @@ class TokenText:
         return self.flush() if self._pending else ""
 
     def _forget_pending(self) -> None:
-        self._window = (self._window + self._pending)[-_CONTEXT:]
-        self._pending = []
+        self._window.extend(self._pending)
+        self._pending.clear()
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
