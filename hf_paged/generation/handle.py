@@ -173,8 +173,8 @@ class RequestHandle:
                 self._holders.append(self)
         try:
             while True:
-                changed = False
-                ended = self._ended
+                with self._changed:
+                    changed, ended = False, self._ended
                 yield ended
                 if ended:
                     return

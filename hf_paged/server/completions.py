@@ -15,8 +15,9 @@ from hf_paged.server.state import ServerState
 
 #: OpenAI's, for completions without max_tokens.
 _DEFAULT_MAX_TOKENS = 16
-#: Characters, or token ids, that are tokenised in less time than it takes to hand them to a thread.
-_AT_ONCE = 2048
+#: Characters, or token ids, that are tokenised in less time than it takes to hand them to a thread; and what a prompt
+#: costs beside its own.
+_AT_ONCE, _EACH = 2304, 256
 
 
 def router(state: ServerState) -> APIRouter:
@@ -44,7 +45,7 @@ def router(state: ServerState) -> APIRouter:
                 "best_of" if tried > copies else "n" if copies > 1 else "prompt",
             )
         runs.admission.check()
-        if sum(map(len, texts)) <= _AT_ONCE:
+        if sum(map(len, texts)) + len(texts) * _EACH <= _AT_ONCE:
             prompts = _encode(served, body, texts)
         else:
             prompts = await runs.in_thread(_encode, served, body, texts)

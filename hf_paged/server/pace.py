@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import Iterator
 
 #: Seconds between two events of a stream: at most, and below which a wait is not worth its timer.
@@ -38,7 +39,7 @@ class Pace:
             self._streams -= 1
 
     def seconds(self) -> float:
-        """What a stream waits between two events now, on average."""
+        """What a stream waits between two events now, on average, but for the ticks it can wait for."""
         seconds = min(_LONGEST, self._streams / self._most)
         return seconds if seconds > _SHORTEST else 0.0
 
@@ -49,10 +50,11 @@ class Pace:
             await self._tick(seconds).wait()
 
     def _tick(self, seconds: float) -> asyncio.Event:
-        """The tick that is the nearest to `seconds` from now, but not a past one."""
+        """A tick to come, `seconds` from now: of the two around that moment either, as often as it is the nearer."""
         loop = asyncio.get_running_loop()
         now = loop.time() / _TICK
-        number = max(round(now + seconds / _TICK), int(now) + 1)
+        # By chance: all streams have their events at ticks, so rounding would be off by the same each time.
+        number = max(int(now + seconds / _TICK + random.random()), int(now) + 1)
         tick = self._ticks.get(number)
         if tick is None:
             tick = self._ticks[number] = asyncio.Event()

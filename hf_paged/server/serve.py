@@ -61,18 +61,18 @@ def make_server(
 
 def run(server: Server) -> None:
     """Runs `server` in the main thread until it is told to end; returns then."""
-    # uvicorn raises the signals it was ended by once more when all is done: the process shall end in its own way.
-    before = {number: signal.signal(number, _ignore) for number in _SIGNALS}
     # What is there now stays: a collection that looks through all of torch and the model's modules again halts every
     # stream for a quarter of a second.
     gc.collect()
     gc.freeze()
+    # uvicorn raises the signals it was ended by once more when all is done: the process shall end in its own way.
+    before = {number: signal.signal(number, _ignore) for number in _SIGNALS}
     try:
         server.run()
     finally:
-        gc.unfreeze()
         for number, handler in before.items():
             signal.signal(number, handler)
+        gc.unfreeze()
 
 
 def _ignore(sig: int, frame: FrameType | None) -> None:

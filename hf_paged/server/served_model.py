@@ -50,6 +50,8 @@ class ServedModel:
         if config.max_model_len is not None and config.max_model_len > most:
             raise ConfigError(f"max_model_len={config.max_model_len}: model and KV cache hold {most} tokens")
         self.max_len = config.max_model_len or most
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        tokenizer.encode("a")  # what a first text sets in a tokenizer no two threads may set at once
 
     @property
     def engine(self) -> Any:
@@ -111,10 +113,6 @@ class ServedModel:
         return base + tuned
 
     # --- text ---------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _longest_token(self) -> int:
-        return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool, truncate: int | None = None) -> list[int]:
         """Token ids of a prompt, at least one and at most `max_len`; the last `truncate` of them.

@@ -112,29 +112,27 @@ class EventStream(Response):
             await self._resources.aclose()
 
     async def _write(self, send: Send, patience: _Patience) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        last = DONE
-        try:
-            async with asyncio.timeout(self._timeout) as limit:
-                while (chunk := await self._next()) is not None:
-                    with patience:
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            error = APIError(504, f"the request did not end within {self._timeout:g} s", code="timeout")
-            last = await self._failure(error) + DONE
+        deadline = asyncio.get_running_loop().time() + self._timeout
         with patience:
-            await send({"type": "http.response.body", "body": last})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        while (chunk := await self._next(deadline)) is not None:
+            with patience:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        with patience:
+            await send({"type": "http.response.body", "body": DONE})
 
-    async def _next(self) -> bytes | None:
+    async def _next(self, deadline: float) -> bytes | None:
         """The next event; what goes wrong as an event, the last one; None after the last."""
         try:
-            return await anext(self._events)
+            async with asyncio.timeout_at(deadline):
+                return await anext(self._events)
         except StopAsyncIteration:
             return None
+        except TimeoutError:
+            error = APIError(504, f"the request did not end within {self._timeout:g} s", code="timeout")
         except Exception as reason:
-            return await self._failure(as_api_error(reason))
+            error = as_api_error(reason)
+        return await self._failure(error)
 
     async def _failure(self, error: APIError) -> bytes:
         """Ends the events; the one that tells the client why."""

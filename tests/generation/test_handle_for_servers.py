@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,6 +115,46 @@ def test_updates_come_in_lists_and_tell_the_end(model: Any) -> None:
 
     followed, whole = asyncio.run(follow())
     assert followed == whole
+
+
+def test_no_token_is_missed_by_who_is_busy_when_it_comes(model: Any) -> None:
+    client = hf_paged.engine(model)
+    pauses = random.Random(0)
+
+    async def follow(number: int) -> None:
+        handle = client.submit(PROMPTS[number % len(PROMPTS)], max_new_tokens=40)
+        followed: list[int] = []
+        async for tokens in handle.updates():
+            followed += tokens
+            if pauses.random() < 0.7:
+                await asyncio.sleep(pauses.choice([0, 0.001, 0.005]))
+        assert followed == (await handle).token_ids
+
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            for _ in range(4):
+                await asyncio.gather(*map(follow, range(48)))
+
+    asyncio.run(main())
+
+
+def test_who_never_waits_leaves_others_their_turn(model: Any) -> None:
+    async def main() -> int:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        beside = asyncio.ensure_future(other())
+        async for _token in hf_paged.engine(model).submit(PROMPTS[0], max_new_tokens=60):
+            time.sleep(0.005)  # more tokens come meanwhile
+        beside.cancel()
+        return turns
+
+    assert asyncio.run(main()) >= 5
 
 
 def test_updates_that_are_left_early_leave_no_watcher(model: Any) -> None:

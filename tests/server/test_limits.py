@@ -171,6 +171,24 @@ def test_a_reader_that_stalls_is_disconnected(llama: Any, tokenizer: Any) -> Non
             assert client.post("/v1/completions", json=SHORT).is_success
 
 
+def test_a_reader_that_stalls_before_its_stream_begins_holds_no_room(llama: Any, tokenizer: Any) -> None:
+    """An answer that nobody takes, and behind it, on the same connection, a stream."""
+    with running(llama, tokenizer, write_timeout=0.3) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        whole = LONG | {"n": 32, "max_tokens": 400, "logprobs": 20}
+        for body in (whole, LONG | {"stream": True, "max_tokens": 900}):
+            content = json.dumps(body).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(head + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        wait_for(lambda: server.state.runs.admission.sequences == 32)
+        wait_for(lambda: server.state.runs.admission.sequences == 1, 30)
+        wait_for(lambda: server.state.runs.admission.sequences == 0, 5)
+        server.wait_until_empty()
+        connection.close()
+
+
 def test_slow_readers_get_their_whole_text_and_hold_up_nobody(server: Running) -> None:
     connection = start(server, LONG | {"stream": True, "max_tokens": 60})
     connection.settimeout(5)

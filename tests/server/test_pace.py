@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from typing import Any
+
+import pytest
+import uvloop
 
 from hf_paged.server.pace import Pace
 from tests.server.support import events, running
@@ -29,31 +33,57 @@ def test_the_more_streams_the_longer_each_waits_up_to_a_limit() -> None:
         assert many.seconds() == 0.1
 
 
-def test_streams_go_on_together_and_none_of_them_later_than_it_should() -> None:
-    async def follow(pace: Pace, ended: list[float]) -> float:
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_streams_go_on_together_and_one_that_leaves_disturbs_nobody(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def follow(pace: Pace) -> float:
         with pace.stream():
             await asyncio.sleep(0)  # until all are counted
             began = asyncio.get_running_loop().time()
             await pace.pause()
-            ended.append(asyncio.get_running_loop().time())
-            return ended[-1] - began
+            return asyncio.get_running_loop().time() - began
 
     async def main() -> None:
-        pace, ended = Pace(1000), list[float]()
-        waited = await asyncio.gather(*(follow(pace, ended) for _ in range(40)))
-        assert min(waited) >= 0.04 - 0.01  # a tick is the nearest one
-        assert max(waited) - min(waited) < 0.01  # all of one moment share theirs
-        assert not pace._ticks  # and nothing is kept of it
-
-        # One that goes away takes nobody else's tick away.
-        pause = [asyncio.ensure_future(follow(pace, ended)) for _ in range(40)]
-        await asyncio.sleep(0.001)
-        pause[0].cancel()
-        left = await asyncio.gather(*pause, return_exceptions=True)
+        pace = Pace(1000)
+        waited = await asyncio.gather(*(follow(pace) for _ in range(45)))
+        assert min(waited) >= 0.045 - 0.011  # one of the two ticks around it
+        assert not pace._ticks  # nothing is kept of those that are past
+        pauses = [asyncio.ensure_future(follow(pace)) for _ in range(45)]
+        await asyncio.sleep(0.002)
+        assert 1 <= len(pace._ticks) <= 3
+        pauses[0].cancel()
+        left = await asyncio.gather(*pauses, return_exceptions=True)
         assert isinstance(left[0], asyncio.CancelledError)
         assert all(isinstance(seconds, float) for seconds in left[1:])
+        assert pace.seconds() == 0
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("streams", [10, 13, 14, 15, 24, 50, 99])
+def test_together_they_are_as_many_events_as_were_asked_for(
+    streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams that send again at the very tick they waited for."""
+
+    class Clock:
+        now = 1000.0
+        time = staticmethod(lambda: Clock.now)
+        call_at = staticmethod(lambda *_args: None)
+
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: Clock)
+    pace = Pace(1000)
+    pace._streams = streams
+    waited, count = 0.0, 4000
+    for _ in range(count):
+        pace._ticks.clear()
+        pace._tick(pace.seconds())
+        (number,) = pace._ticks
+        waited += number * 0.01 - Clock.now
+        Clock.now = number * 0.01 + 0.0005
+    assert abs(waited / count + 0.0005 - streams / 1000) < 0.001
 
 
 def test_tokens_that_came_meanwhile_share_an_event(llama: Any, tokenizer: Any) -> None:
