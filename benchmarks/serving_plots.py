@@ -26,7 +26,7 @@ def save_plots(data: dict[str, Any], folder: Path) -> list[Path]:
         whole = [w for w in data["windows"] if w["model"] == model and w["part"] != "tuning"]
         if not whole:
             continue
-        sheet = Figure(figsize=(9.6, 4.0), layout="constrained")
+        sheet = Figure(figsize=(9.6, 4.6), layout="constrained")
         left, right = sheet.subplots(1, 2)
         _first_tokens(left, whole)
         _queues(right, [w for w in whole if w["part"] == "pair" and w["pair"] == 0])
@@ -37,6 +37,8 @@ def save_plots(data: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _first_tokens(axes: Any, windows: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for server, (title, colour) in _SERVERS.items():
         own = sorted((w for w in windows if w["server"] == server), key=lambda w: w["rate"])
         for w in own:
@@ -51,10 +53,10 @@ def _first_tokens(axes: Any, windows: list[dict[str, Any]]) -> None:
     axes.axhline(MOST_SECONDS, color="grey", linestyle="--", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="requests a second", ylabel="time to first token, p99, s")
     for axis in (axes.xaxis, axes.yaxis):
-        for which in ("major", "minor"):
-            getattr(axis, f"set_{which}_formatter")("{x:g}")
-    axes.tick_params(which="minor", labelsize=7)
-    axes.legend(fontsize=8, loc="center right")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _queues(axes: Any, windows: list[dict[str, Any]]) -> None:
@@ -70,4 +72,4 @@ def _queues(axes: Any, windows: list[dict[str, Any]]) -> None:
     axes.set(xlabel="seconds", ylabel="requests in flight")
     axes.set_ylim(bottom=0)
     if windows:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
