@@ -13,6 +13,11 @@ _SERVERS = {
     "transformers": ("transformers serve --continuous-batching", ARM_COLOURS["generate_batch"][0]),
     "hf_paged": ("hf-paged serve", ARM_COLOURS["hf_paged"][0]),
 }
+_LEGEND: dict[str, Any] = {
+    "fontsize": 8,
+    "loc": "upper center",
+    "bbox_to_anchor": (0.5, -0.16),
+}  # below the axes
 _BEYOND = 20.0  # where a first token that never came is drawn, seconds
 
 
@@ -56,7 +61,7 @@ def _first_tokens(axes: Any, windows: list[dict[str, Any]]) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes.legend(**_LEGEND)
 
 
 def _queues(axes: Any, windows: list[dict[str, Any]]) -> None:
@@ -72,4 +77,4 @@ def _queues(axes: Any, windows: list[dict[str, Any]]) -> None:
     axes.set(xlabel="seconds", ylabel="requests in flight")
     axes.set_ylim(bottom=0)
     if windows:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axes.legend(**_LEGEND)

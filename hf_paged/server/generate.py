@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import Request
@@ -141,19 +141,17 @@ async def _events(
 async def _merged(choices: list[Choice], state: ServerState) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of all choices as they come, each with its choice's number. The first error ends all."""
     if len(choices) == 1:
-        with state.pace.stream():
-            async with aclosing(_paced(choices[0], state)) as pieces:
-                async for piece in pieces:
-                    yield 0, piece
+        async with _paced(choices[0], state) as pieces:
+            async for piece in pieces:
+                yield 0, piece
         return
     arrived: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
 
     async def follow(index: int, choice: Choice) -> None:
         try:
-            with state.pace.stream():
-                async with aclosing(_paced(choice, state)) as pieces:
-                    async for piece in pieces:
-                        arrived.put_nowait((index, piece))
+            async with _paced(choice, state) as pieces:
+                async for piece in pieces:
+                    arrived.put_nowait((index, piece))
         except Exception as error:
             arrived.put_nowait(error)
 
@@ -172,6 +170,9 @@ async def _merged(choices: list[Choice], state: ServerState) -> AsyncGenerator[t
         await asyncio.gather(*following, return_exceptions=True)
 
 
-def _paced(choice: Choice, state: ServerState) -> AsyncGenerator[Piece, None]:
-    """The pieces of a choice, as often as the number of streams allows."""
-    return choice.pieces(state.config.queue_timeout, state.pace.pause)
+@asynccontextmanager
+async def _paced(choice: Choice, state: ServerState) -> AsyncIterator[AsyncGenerator[Piece, None]]:
+    """The pieces of a choice, which is a stream while the block runs: as often as the number of streams allows."""
+    with state.pace.stream():
+        async with aclosing(choice.pieces(state.config.queue_timeout, state.pace.pause)) as pieces:
+            yield pieces

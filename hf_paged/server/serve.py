@@ -62,7 +62,7 @@ def make_server(
 def run(server: Server) -> None:
     """Runs `server` in the main thread until it is told to end; returns then."""
     # What is there now stays: a collection that looks through all of torch and the model's modules again halts every
-    # stream for a quarter of a second.
+    # stream for a fifth of a second.
     gc.collect()
     gc.freeze()
     # uvicorn raises the signals it was ended by once more when all is done: the process shall end in its own way.

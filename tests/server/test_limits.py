@@ -23,12 +23,25 @@ SHORT = {"prompt": "import os", "max_tokens": 4, "temperature": 0}
 HALF = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
 
 
+def raw(body: dict[str, Any], route: str = "/v1/completions") -> bytes:
+    """A request as it is sent."""
+    content = json.dumps(body).encode()
+    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
 def start(server: Running, body: dict[str, Any], route: str = "/v1/completions") -> socket.socket:
     """Sends a request by hand; the connection is the caller's to close."""
-    content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", server.port))
-    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    connection.sendall(raw(body, route))
+    return connection
+
+
+def narrow(server: Running) -> socket.socket:
+    """A connection that takes next to nothing before somebody reads from it."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect(("127.0.0.1", server.port))
     return connection
 
 
@@ -156,13 +169,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(llama: Any, tokenizer: Any)
 
 def test_a_reader_that_stalls_is_disconnected(llama: Any, tokenizer: Any) -> None:
     with running(llama, tokenizer, write_timeout=0.3) as server:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(("127.0.0.1", server.port))
-        body = LONG | {"n": 32, "stream": True, "max_tokens": 400, "logprobs": 20}
-        content = json.dumps(body).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        connection.sendall(head + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        connection = narrow(server)
+        connection.sendall(raw(LONG | {"n": 32, "stream": True, "max_tokens": 400, "logprobs": 20}))
         wait_for(lambda: server.state.runs.admission.sequences == 32)
         wait_for(lambda: server.state.runs.admission.sequences == 0, 30)
         server.wait_until_empty()
@@ -174,14 +182,9 @@ def test_a_reader_that_stalls_is_disconnected(llama: Any, tokenizer: Any) -> Non
 def test_a_reader_that_stalls_before_its_stream_begins_holds_no_room(llama: Any, tokenizer: Any) -> None:
     """An answer that nobody takes, and behind it, on the same connection, a stream."""
     with running(llama, tokenizer, write_timeout=0.3) as server:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(("127.0.0.1", server.port))
-        whole = LONG | {"n": 32, "max_tokens": 400, "logprobs": 20}
-        for body in (whole, LONG | {"stream": True, "max_tokens": 900}):
-            content = json.dumps(body).encode()
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            connection.sendall(head + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        connection = narrow(server)
+        connection.sendall(raw(LONG | {"n": 32, "max_tokens": 400, "logprobs": 20}))
+        connection.sendall(raw(LONG | {"stream": True, "max_tokens": 900}))
         wait_for(lambda: server.state.runs.admission.sequences == 32)
         wait_for(lambda: server.state.runs.admission.sequences == 1, 30)
         wait_for(lambda: server.state.runs.admission.sequences == 0, 5)
